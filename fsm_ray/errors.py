@@ -1,0 +1,151 @@
+"""Every exception of fsm_ray, in one tree.
+
+Named for what the caller can do about it: retry, fix the call, fix the setup, or call a human. The facts
+of a case are attributes (`None` where they do not apply), and every error survives pickling.
+
+```
+FsmRayError
+├── InvalidInput            fix the call; nothing was written
+│   ├── InvalidBotName
+│   ├── InvalidKey
+│   ├── InvalidState
+│   ├── InvalidData
+│   ├── InvalidUpdate
+│   ├── PickleNotAllowed
+│   ├── RecordTooLarge
+│   └── FrameTooLarge
+├── ConfigurationError      fix the setup
+│   ├── InvalidOptions
+│   ├── OptionsConflict
+│   ├── MissingExtra
+│   ├── RayUnreachable
+│   └── ProtocolMismatch
+├── UnknownBot              call init first
+├── VersionConflict         read again, then decide
+├── StorageClosed           make a new storage
+├── ValueNotDecodable       make the class importable here
+└── NamespaceUnavailable    retry; nothing was changed
+    ├── Overloaded          retry later
+    └── OutcomeUnknown      the write may or may not have taken effect: read, then decide
+```
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class FsmRayError(Exception):
+    """Base of every error of fsm_ray."""
+
+    bot: str | None = None
+    """The bot's name."""
+    key: Any = None
+    """The conversation's key, as the caller gave it."""
+
+    def __init__(self, message: str, /, **facts: Any) -> None:
+        super().__init__(message)
+        # Exception pickles as cls(*args) plus __dict__, so facts set this way travel along.
+        self.__dict__.update(facts)
+
+
+class InvalidInput(FsmRayError):
+    """Raised when an argument cannot be used; nothing was sent or written."""
+
+
+class InvalidBotName(InvalidInput):
+    """Raised when a bot's name is not 1 to 64 letters, digits or `_ . @ -`."""
+
+
+class InvalidKey(InvalidInput):
+    """Raised when a key holds something other than the types a key is made of."""
+
+
+class InvalidState(InvalidInput):
+    """Raised when `set_state` is given something other than a `State`."""
+
+
+class InvalidData(InvalidInput):
+    """Raised when data is no mapping with `str` keys, or holds a value that cannot be encoded."""
+
+
+class InvalidUpdate(InvalidInput):
+    """Raised when a key strategy is given something that is no Telegram update."""
+
+
+class PickleNotAllowed(InvalidInput):
+    """Raised when a value would need pickle and the bot was made with `allow_pickle=False`."""
+
+
+class RecordTooLarge(InvalidInput):
+    """Raised when a record would exceed the bot's `max_record_bytes`; the stored one is unchanged."""
+
+    size_bytes: int | None = None
+    max_record_bytes: int | None = None
+
+
+class FrameTooLarge(InvalidInput):
+    """Raised when one operation or answer exceeds what a frame of the channel may hold."""
+
+    size_bytes: int | None = None
+
+
+class ConfigurationError(FsmRayError):
+    """Raised when the setup, not the call, has to be mended."""
+
+
+class InvalidOptions(ConfigurationError):
+    """Raised when the options given to `init` are not valid."""
+
+
+class OptionsConflict(ConfigurationError):
+    """Raised when `init` is given other options than the running bot has; nothing was changed."""
+
+    differences: dict[str, tuple[Any, Any]] | None = None
+    """Option name -> (the running bot's value, the value given)."""
+
+
+class MissingExtra(ConfigurationError):
+    """Raised when an optional dependency is not installed; the message names the `pip install`."""
+
+
+class RayUnreachable(ConfigurationError):
+    """Raised when no Ray cluster answers and none could be started."""
+
+
+class ProtocolMismatch(ConfigurationError):
+    """Raised when a namespace actor speaks another protocol version than this client."""
+
+
+class UnknownBot(FsmRayError):
+    """Raised when an operation names a bot that was never initialised, or was dropped."""
+
+
+class VersionConflict(FsmRayError):
+    """Raised when the record's version is not the expected one; nothing was changed."""
+
+    expected_version: int | None = None
+    actual_version: int | None = None
+    """The stored record's version, `None` when there is no record."""
+
+
+class StorageClosed(FsmRayError):
+    """Raised when a closed storage is used."""
+
+
+class ValueNotDecodable(FsmRayError):
+    """Raised when a stored value cannot be rebuilt here, say for want of its class; the record is intact."""
+
+
+class NamespaceUnavailable(FsmRayError):
+    """Raised when a shard gave no answer within `timeout_s`; nothing was changed, a retry is safe."""
+
+    timeout_s: float | None = None
+
+
+class Overloaded(NamespaceUnavailable):
+    """Raised when a shard has reached a bound of what it will remember or queue; nothing was changed."""
+
+
+class OutcomeUnknown(NamespaceUnavailable):
+    """Raised when a write was under way as `timeout_s` passed: it may or may not have taken effect."""
