@@ -1,0 +1,173 @@
+"""Keys to bytes and back: canonical and injective."""
+
+from __future__ import annotations
+
+import dataclasses
+import reprlib
+from collections.abc import Hashable, Iterable
+from enum import Enum
+from typing import Any
+from uuid import UUID
+
+import msgspec
+from msgspec.msgpack import Ext
+
+from fsm_ray.codec import classes, wire
+from fsm_ray.errors import InvalidKey, ValueNotDecodable
+
+_PLAIN = wire.PLAIN - {float}  # a float may be -0.0 or NaN
+_PARTS = (
+    "None, bool, int, float (not NaN), str, bytes, UUID, tuples, and Enum members, named tuples and frozen "
+    "dataclasses that compare all fields, of classes made outside of functions"
+)
+_encode = wire.to_msgpack  # a global of this module is found faster
+
+
+def encode_key(key: Hashable) -> bytes:
+    """Return the bytes that stand for key, the same for equal keys and for no other.
+
+    Types count: `1`, `"1"`, `True` and `1.0` are four keys; `-0.0` is `0.0`. Enum members, named tuples and
+    frozen dataclasses count by their class's module and name and by their fields' names and values (an Enum
+    by the member's name, a Flag by its value), so renaming or moving the class changes its keys.
+
+    >>> encode_key((1, "a")) == encode_key((1, "a")), encode_key(1) == encode_key(True)
+    (True, False)
+
+    Raises:
+        InvalidKey: key holds anything else, NaN, a lone surrogate or a class made inside a function, or is
+            nested deeper than 64 levels.
+    """
+    try:
+        if type(key) is tuple:
+            for part in key:
+                if type(part) not in _PLAIN:
+                    break
+            else:
+                return _encode(key)
+        elif type(key) in _PLAIN:
+            return _encode(key)
+    except (OverflowError, UnicodeEncodeError):
+        pass  # an int beyond 64 bits or a lone surrogate: _pack tells
+    try:
+        return _encode(_pack(key, 0))
+    except InvalidKey as error:
+        error.key = key
+        raise
+    except UnicodeEncodeError as error:
+        raise InvalidKey(
+            f"a key cannot hold {error.object!r}: UTF-8 has no lone surrogates", key=key
+        ) from error
+
+
+def decode_key(encoded: bytes) -> Hashable:
+    """Return the key that `encode_key` made these bytes from; classes are found by import.
+
+    Raises:
+        ValueNotDecodable: a class is not importable here or has other fields now, or the bytes are no key.
+    """
+    try:
+        return _read(encoded)  # type: ignore[no-any-return]
+    except ValueNotDecodable:
+        raise
+    except Exception as error:  # broken bytes fail in many ways
+        raise ValueNotDecodable(f"these bytes are no key: {error!r}") from error
+
+
+def _pack(part: Any, depth: int) -> Any:
+    cls = type(part)
+    if depth > wire.MAX_DEPTH:
+        raise InvalidKey(f"a key cannot be nested deeper than {wire.MAX_DEPTH} levels")
+    if cls in _PLAIN:
+        return wire.pack_int(part) if cls is int else part
+    if cls is float and part == part:  # noqa: PLR0124 - only NaN differs from itself
+        return part + 0.0  # -0.0 becomes 0.0
+    if cls is tuple:
+        return [_pack(item, depth + 1) for item in part]
+    packed = Ext(wire.UUID, part.bytes) if cls is UUID else _pack_object(part, cls, depth)
+    if packed is None:
+        raise InvalidKey(f"a key cannot hold {reprlib.repr(part)} ({wire.type_name(part)}), only {_PARTS}")
+    return packed
+
+
+def _pack_object(part: Any, cls: type, depth: int) -> Ext | None:
+    if "<locals>" in cls.__qualname__:
+        return None
+    if isinstance(part, Enum):
+        return Ext(wire.ENUM, _encode([*classes.reference(cls), _pack(classes.member_id(part), depth)]))
+    if classes.is_named_tuple(cls):
+        return _pack_fields(wire.NAMED_TUPLE, cls, classes.named_tuple_items(part), depth)
+    names = _key_fields(cls)
+    if names is None:
+        return None
+    # A field without value becomes MISSING, which is then refused like any object.
+    items = [(name, getattr(part, name, dataclasses.MISSING)) for name in names]
+    return _pack_fields(wire.DATACLASS, cls, items, depth)
+
+
+def _pack_fields(code: int, cls: type, items: Iterable[tuple[str, Any]], depth: int) -> Ext:
+    fields = {name: _pack(value, depth + 1) for name, value in items}
+    return Ext(code, _encode([*classes.reference(cls), fields]))
+
+
+def _key_fields(cls: Any) -> list[str] | None:
+    """The fields of a dataclass whose instances are equal when all of them are; None for another class."""
+    if not (classes.is_dataclass(cls) and classes.is_built_by_object(cls)):
+        return None
+    fields, parameters = dataclasses.fields(cls), cls.__dataclass_params__
+    if not (parameters.frozen and parameters.eq and all(field.compare for field in fields)):
+        return None
+    return [field.name for field in fields]
+
+
+def _is_key_dataclass(cls: type) -> bool:
+    return _key_fields(cls) is not None
+
+
+def _read(encoded: bytes | memoryview) -> Any:
+    return _frozen(_decoder.decode(encoded))
+
+
+def _frozen(part: Any) -> Any:
+    """The part with its arrays as the tuples that they were."""
+    if type(part) is list:
+        return tuple([_frozen(item) for item in part])
+    hash(part)  # maps, which no key has, fail here
+    return part
+
+
+def _extension(code: int, payload: memoryview) -> Any:
+    if code == wire.INT:
+        return wire.unpack_int(payload)
+    if code == wire.UUID:
+        return UUID(bytes=bytes(payload))
+    parts = _decoder.decode(payload)
+    if code == wire.ENUM:
+        return classes.find_member(*parts)
+    if code == wire.NAMED_TUPLE:
+        return _named_tuple(*parts)
+    if code == wire.DATACLASS:
+        return _dataclass(*parts)
+    raise ValueNotDecodable(f"extension code {code} is unknown in keys")
+
+
+def _named_tuple(module: str, qualname: str, stored: dict[str, Any]) -> Any:
+    cls = classes.find_class(module, qualname, classes.is_named_tuple)
+    return classes.new_named_tuple(cls, _same_fields(cls, list(cls._fields), stored))
+
+
+def _dataclass(module: str, qualname: str, stored: dict[str, Any]) -> Any:
+    cls = classes.find_class(module, qualname, _is_key_dataclass)
+    names = [field.name for field in dataclasses.fields(cls)]
+    return classes.new_dataclass(cls, _same_fields(cls, names, stored))
+
+
+def _same_fields(cls: type, names: list[str], stored: dict[str, Any]) -> dict[str, Any]:
+    """The stored fields, if they are the class's still: a default would make it another key."""
+    if list(stored) != names:
+        raise ValueNotDecodable(
+            f"{cls.__module__}.{cls.__qualname__} has the fields {names}, in a key it has {list(stored)}"
+        )
+    return {name: _frozen(value) for name, value in stored.items()}
+
+
+_decoder = msgspec.msgpack.Decoder(ext_hook=_extension)
