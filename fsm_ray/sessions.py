@@ -1,0 +1,78 @@
+"""Sessions: what lets a write take effect once, though it may be sent twice.
+
+Each client numbers its writes within a session of its own and has one of them under way at a time, so the
+last number and its reply are all that a shard must remember.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+from fsm_ray.errors import OutcomeUnknown, Overloaded
+from fsm_ray.stores.base import Answered
+
+SESSION_IDLE_S = 600.0
+"""How long a session is remembered after its last write; no client resends a write that is so old."""
+
+MAX_SESSIONS = 65_536
+"""Sessions that one shard remembers; past it, new sessions are refused until old ones have aged."""
+
+
+class Sessions:
+    """The sessions of one shard, least recently used first."""
+
+    def __init__(self, answered: Mapping[bytes, Answered], clock: Callable[[], float]) -> None:
+        self._answered = OrderedDict(sorted(answered.items(), key=lambda item: item[1].at_s))
+        self._clock = clock
+        self._has_forgotten = bool(answered)
+
+    def __len__(self) -> int:
+        return len(self._answered)
+
+    def recall(
+        self, session: bytes, number: int, *, is_resend: bool, uncommitted: Mapping[bytes, Answered]
+    ) -> bytes | None:
+        """The reply that this request already got, or None when it is to be evaluated.
+
+        `uncommitted` holds the answers of the commit that is being put together; they come first.
+
+        Raises:
+            OutcomeUnknown: the request is older than what is remembered of its session.
+            Overloaded: there is no room for a further session.
+        """
+        last = uncommitted.get(session) or self._answered.get(session)
+        if last is None:
+            # Number 1 of an unknown session was never evaluated: forgetting takes longer than any client
+            # goes on resending.
+            if is_resend and number > 1 and self._has_forgotten:
+                raise OutcomeUnknown(
+                    "the write was sent again after its session was forgotten: read, then decide"
+                )
+            self._make_room()
+            return None
+        if number > last.number:
+            return None
+        if number == last.number:
+            return last.reply
+        raise OutcomeUnknown(f"write {number} was sent again after write {last.number} of its session")
+
+    def remember(self, answered: Mapping[bytes, Answered]) -> None:
+        """Take over the answers of a commit."""
+        self._answered.update(answered)
+        for session in answered:
+            self._answered.move_to_end(session)
+
+    def _make_room(self) -> None:
+        horizon_s = self._clock() - SESSION_IDLE_S
+        while self._answered:
+            session, oldest = next(iter(self._answered.items()))
+            if oldest.at_s > horizon_s:
+                break
+            del self._answered[session]
+            self._has_forgotten = True
+        if len(self._answered) >= MAX_SESSIONS:
+            raise Overloaded(
+                f"{MAX_SESSIONS} clients wrote to this shard within {SESSION_IDLE_S:.0f} s, more than it can "
+                "remember: retry later, and keep a storage open instead of making one for each write"
+            )

@@ -1,0 +1,1 @@
+"""Stores: where a bot's records are kept."""
