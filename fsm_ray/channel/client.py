@@ -1,0 +1,195 @@
+"""The client halves of the channel: one for an event loop, one for a blocking thread."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from typing import cast
+
+from fsm_ray.channel import handshake
+from fsm_ray.channel.frames import FrameProtocol, FrameTooLong
+from fsm_ray.channel.handshake import HANDSHAKE_TIMEOUT_S, MAX_HANDSHAKE_BYTES, Endpoint, HandshakeFailed
+from fsm_ray.protocol import MAX_REPLY_BYTES, frame
+
+CONNECT_TIMEOUT_S = 2.0
+"""How long one address may take; unreachable ones must leave time for the next."""
+
+Address = str | tuple[str, int]
+"""A Unix socket's path, or host and port."""
+
+
+def addresses(endpoint: Endpoint, node_id: str) -> Iterator[Address]:
+    """Where to try, the quickest first."""
+    if endpoint.node_id == node_id:
+        yield endpoint.unix_path
+    if endpoint.tcp_address is not None:
+        yield endpoint.tcp_address
+
+
+class ClientConnection(FrameProtocol):
+    """A connection of the running loop. Replies go to `on_reply`, the end of it to `on_lost`, once."""
+
+    def __init__(
+        self, secret: bytes, on_reply: Callable[[memoryview], None], on_lost: Callable[[], None]
+    ) -> None:
+        super().__init__()
+        self.max_frame_bytes = MAX_HANDSHAKE_BYTES
+        self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._secret = secret
+        self._expected_proof: bytes | None = None
+        self._on_reply = on_reply
+        self._on_lost = on_lost
+        self._transport: asyncio.Transport | None = None
+
+    def send(self, request: bytes) -> None:
+        """Send one frame; after the end of the connection it goes nowhere."""
+        if self._transport is not None:
+            self._transport.write(request)
+
+    def close(self) -> None:
+        """End the connection without `on_lost`."""
+        self._on_lost = _nothing
+        if self._transport is not None:
+            self._transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        if self.opened.done():
+            self._on_lost()
+        else:
+            self.opened.set_exception(exc or HandshakeFailed("the shard closed the connection"))
+
+    def frame_received(self, body: memoryview) -> None:
+        # Once the connection is open, this method is replaced by `on_reply` itself.
+        try:
+            self._shake_hands(bytes(body))
+        except Exception as error:  # noqa: BLE001  # whatever it is, the caller of open_connection gets it
+            if not self.opened.done():
+                self.opened.set_exception(error)
+            self.close()
+
+    def malformed(self, error: Exception) -> None:
+        if not self.opened.done():
+            self.opened.set_exception(error)
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _shake_hands(self, body: bytes) -> None:
+        if self._expected_proof is None:
+            response, self._expected_proof = handshake.respond(self._secret, body)
+            self.send(frame(response))
+        elif body == self._expected_proof:
+            self.max_frame_bytes = MAX_REPLY_BYTES
+            self.frame_received = self._on_reply  # type: ignore[method-assign, assignment]
+            self.opened.set_result(None)
+        else:
+            raise HandshakeFailed("the shard does not know its secret")
+
+
+async def open_connection(
+    address: Address, secret: bytes, on_reply: Callable[[memoryview], None], on_lost: Callable[[], None]
+) -> ClientConnection:
+    """Connect and shake hands.
+
+    Raises:
+        OSError, TimeoutError, HandshakeFailed: this address is of no use.
+        ProtocolMismatch: the shard is of another version.
+    """
+    loop = asyncio.get_running_loop()
+    connection = ClientConnection(secret, on_reply, on_lost)
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            if isinstance(address, str):
+                await loop.create_unix_connection(lambda: connection, address)
+            else:
+                await loop.create_connection(lambda: connection, *address)
+            await connection.opened
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+class BlockingConnection:
+    """A connection of one thread: a request goes out, its reply comes in."""
+
+    def __init__(self, address: Address, secret: bytes, timeout_s: float) -> None:
+        """Connect and shake hands.
+
+        Raises:
+            OSError, HandshakeFailed: this address is of no use.
+            ProtocolMismatch: the shard is of another version.
+        """
+        if isinstance(address, str):
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        else:
+            self._socket = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._recv = self._socket.recv
+        self._max_frame_bytes = MAX_HANDSHAKE_BYTES
+        try:
+            self._socket.settimeout(CONNECT_TIMEOUT_S)
+            self._socket.connect(address)
+            self._shake_hands(secret)
+            self._max_frame_bytes = MAX_REPLY_BYTES
+            self.set_timeout(timeout_s)
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """How long `exchange` waits for its reply.
+
+        By socket options, not `settimeout`, which makes the socket non-blocking and costs a poll(2) a call.
+        """
+        self._socket.settimeout(None)
+        whole = int(timeout_s)
+        value = struct.pack("ll", whole, max(1, int((timeout_s - whole) * 1e6)))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+    def exchange(self, request: bytes) -> bytes | memoryview:
+        """Send one frame and return the next that comes.
+
+        Raises:
+            BlockingIOError: no reply within the timeout; it may still come, so close the connection.
+            OSError: the connection is gone.
+        """
+        self._socket.sendall(request)
+        return self._receive()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _receive(self) -> bytes | memoryview:
+        data = self._recv(65_536)
+        length = int.from_bytes(data[:4], "little")
+        if len(data) - 4 == length:
+            return memoryview(data)[4:]
+        rest = bytearray(data)
+        while len(rest) < 4 or len(rest) - 4 < length:  # noqa: PLR2004  # bytes of the length
+            if not data:
+                raise ConnectionResetError("the shard closed the connection")
+            if length > self._max_frame_bytes:
+                raise FrameTooLong(
+                    f"a frame of {length:,} bytes; at most {self._max_frame_bytes:,} are taken"
+                )
+            data = self._recv(1 << 20)
+            rest += data
+            length = int.from_bytes(rest[:4], "little")
+        return bytes(rest[4:])
+
+    def _shake_hands(self, secret: bytes) -> None:
+        self._socket.settimeout(HANDSHAKE_TIMEOUT_S)
+        response, expected_proof = handshake.respond(secret, bytes(self._receive()))
+        if bytes(self.exchange(frame(response))) != expected_proof:
+            raise HandshakeFailed("the shard does not know its secret")
+
+
+def _nothing() -> None:
+    pass

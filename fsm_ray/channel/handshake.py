@@ -1,0 +1,87 @@
+"""Handshake: both sides prove that they know the shard's secret, which only a Ray call can fetch.
+
+    server   magic, protocol version (2 bytes), 32 random bytes
+    client   32 random bytes, HMAC(secret, "client", both randoms)
+    server   HMAC(secret, "server", both randoms)
+
+Each is one frame. A proof is worth nothing on another connection, for both randoms are in it.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from dataclasses import dataclass, field
+
+from fsm_ray.errors import ProtocolMismatch
+from fsm_ray.options import BotOptions
+from fsm_ray.protocol import PROTOCOL_VERSION
+
+MAX_HANDSHAKE_BYTES = 128
+"""The longest frame that is read from a peer who has not proved anything yet."""
+
+HANDSHAKE_TIMEOUT_S = 5.0
+
+_MAGIC = b"fsm_ray"
+_RANDOM_BYTES = 32
+_HEAD_BYTES = len(_MAGIC) + 2
+
+
+class HandshakeFailed(Exception):
+    """Raised when the peer did not prove that it knows the secret."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a shard listens, and what proves that a client may talk to it. Fetched by a Ray call."""
+
+    options: BotOptions
+    node_id: str
+    unix_path: str
+    tcp_address: tuple[str, int] | None
+    """None until a client of another node asks."""
+    secret: bytes = field(repr=False)
+    protocol_version: int = PROTOCOL_VERSION
+
+
+def challenge() -> bytes:
+    return _MAGIC + PROTOCOL_VERSION.to_bytes(2, "big") + secrets.token_bytes(_RANDOM_BYTES)
+
+
+def respond(secret: bytes, challenge: bytes) -> tuple[bytes, bytes]:
+    """The client's answer to a challenge, and the proof that it must get back.
+
+    Raises:
+        HandshakeFailed: whoever listens there is no shard.
+        ProtocolMismatch: it is one of another protocol version.
+    """
+    if len(challenge) < _HEAD_BYTES or not challenge.startswith(_MAGIC):
+        raise HandshakeFailed("what listens there is no fsm_ray shard")
+    check_protocol_version(int.from_bytes(challenge[len(_MAGIC) : _HEAD_BYTES], "big"))
+    both = challenge[_HEAD_BYTES:] + (nonce := secrets.token_bytes(_RANDOM_BYTES))
+    return nonce + _proof(secret, b"client", both), _proof(secret, b"server", both)
+
+
+def verify(secret: bytes, challenge: bytes, response: bytes) -> bytes:
+    """The server's own proof, for a client whose answer is right.
+
+    Raises:
+        HandshakeFailed: it is not.
+    """
+    both = challenge[_HEAD_BYTES:] + response[:_RANDOM_BYTES]
+    if not hmac.compare_digest(response[_RANDOM_BYTES:], _proof(secret, b"client", both)):
+        raise HandshakeFailed("the peer does not know this shard's secret")
+    return _proof(secret, b"server", both)
+
+
+def check_protocol_version(theirs: int) -> None:
+    """Raises ProtocolMismatch unless it is ours."""
+    if theirs != PROTOCOL_VERSION:
+        raise ProtocolMismatch(
+            f"the actor speaks protocol version {theirs} and this client version {PROTOCOL_VERSION}: "
+            "use the same version of fsm_ray on all nodes"
+        )
+
+
+def _proof(secret: bytes, side: bytes, both: bytes) -> bytes:
+    return hmac.digest(secret, side + both, "sha256")

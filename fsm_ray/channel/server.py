@@ -1,0 +1,164 @@
+"""The actor's half of the channel: a Unix socket for its own node, TCP for others from when one asks.
+
+A peer that breaks the rules loses its connection, with one line in the log; nobody else notices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import stat
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+from fsm_ray.channel import handshake
+from fsm_ray.channel.frames import FrameProtocol
+from fsm_ray.channel.handshake import HANDSHAKE_TIMEOUT_S, MAX_HANDSHAKE_BYTES, HandshakeFailed
+from fsm_ray.errors import ConfigurationError
+from fsm_ray.namespace import Answer, MalformedRequest
+from fsm_ray.protocol import MAX_FRAME_BYTES, frame
+
+logger = logging.getLogger(__name__)
+
+MAX_UNIX_PATH_BYTES = 107
+"""What `sun_path` of unix(7) holds, its closing zero byte left out."""
+
+
+class ServerConnection(FrameProtocol):
+    """One client: first the handshake, then requests, each passed on to `handle`."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__()
+        self.max_frame_bytes = MAX_HANDSHAKE_BYTES
+        self._server = server
+        self._transport: asyncio.Transport | None = None
+        self._challenge = handshake.challenge()
+        self._is_trusted = False
+        self._patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._server.connections.add(self)
+        loop = asyncio.get_running_loop()
+        self._patience = loop.call_later(
+            HANDSHAKE_TIMEOUT_S, self.malformed, HandshakeFailed("no proof of the secret came in time")
+        )
+        self._transport.write(frame(self._challenge))
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's signature
+        if self._patience is not None:
+            self._patience.cancel()
+        self._transport = None
+        self._server.connections.discard(self)
+
+    def frame_received(self, body: memoryview) -> None:
+        if self._transport is None:
+            return
+        try:
+            if self._is_trusted:
+                self._server.handle(body, self._answer)
+            else:
+                self._welcome(bytes(body))
+        except (MalformedRequest, HandshakeFailed) as error:
+            self.malformed(error)
+
+    def malformed(self, error: Exception) -> None:
+        if self._transport is not None:
+            logger.warning("closing a connection: %s", error)
+            self._transport.abort()
+            self._transport = None
+
+    def pause_writing(self) -> None:
+        # A client that does not read its replies is not read from either: what waits for it stays bounded.
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._transport is not None:
+            self._transport.resume_reading()
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _welcome(self, response: bytes) -> None:
+        proof = handshake.verify(self._server.secret, self._challenge, response)
+        if self._transport is not None and self._patience is not None:
+            self._patience.cancel()
+            self._is_trusted = True
+            self.max_frame_bytes = MAX_FRAME_BYTES
+            self._transport.write(frame(proof))
+
+    def _answer(self, reply: bytes) -> None:
+        # The client may have gone while its write was committed; it will ask again, under the same number.
+        if self._transport is not None:
+            self._transport.write(reply)
+
+
+class Server:
+    """Listens for the clients of one shard. A connection belongs to the loop that `listen_*` ran in."""
+
+    def __init__(self, handle: Callable[[bytes | memoryview, Answer], None]) -> None:
+        self.handle = handle
+        self.secret = secrets.token_bytes(32)
+        self.connections: set[ServerConnection] = set()
+        self._listeners: list[asyncio.Server] = []
+        self._unix_path: Path | None = None
+
+    async def listen_unix(self, name: str) -> str:
+        """Listen on a socket that only this user can open; return its path."""
+        path = socket_directory() / name
+        if len(os.fsencode(path)) > MAX_UNIX_PATH_BYTES:
+            raise ConfigurationError(
+                f"the socket's path {path} is longer than the {MAX_UNIX_PATH_BYTES} bytes that the system "
+                "allows: set TMPDIR to a shorter directory on all nodes"
+            )
+        path.unlink(missing_ok=True)
+        # The umask keeps others out from the first moment; asyncio offers no mode for the socket.
+        umask = os.umask(0o177)
+        try:
+            listener = await asyncio.get_running_loop().create_unix_server(
+                lambda: ServerConnection(self), str(path)
+            )
+        finally:
+            os.umask(umask)
+        self._listeners.append(listener)
+        self._unix_path = path
+        return str(path)
+
+    async def listen_tcp(self, host: str) -> tuple[str, int]:
+        """Listen on a free port of this address; return both."""
+        listener = await asyncio.get_running_loop().create_server(lambda: ServerConnection(self), host, 0)
+        self._listeners.append(listener)
+        port: int = listener.sockets[0].getsockname()[1]
+        return host, port
+
+    def close(self) -> None:
+        """Stop listening, drop every connection, remove the socket."""
+        for listener in self._listeners:
+            listener.close()
+        for connection in tuple(self.connections):
+            connection.close()
+        if self._unix_path is not None:
+            self._unix_path.unlink(missing_ok=True)
+
+
+def socket_directory() -> Path:
+    """The directory of this user's sockets, made when it is not there.
+
+    Raises:
+        ConfigurationError: somebody else owns it, or others may enter.
+    """
+    directory = Path(tempfile.gettempdir()) / f"fsm_ray-{os.getuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ConfigurationError(
+            f"{directory} must be a directory of this user that nobody else can enter: "
+            "remove it, or chmod it 700"
+        )
+    return directory
