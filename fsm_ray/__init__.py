@@ -1,0 +1,42 @@
+"""Conversation state of chat bots, kept in Ray named actors: as small as a dict, durable, and fast."""
+
+# The layers, lowest first. A file imports only from those above it in this list.
+#
+#   errors            every exception, one tree
+#   state             State: flow, state, data, version
+#   keys              key strategies: which chats and users share one conversation
+#   options           BotOptions, and what a bot may be called
+#   codec             keys and values <-> bytes
+#   record            the stored form of a State, and the pure changes to it
+#   protocol          the operations and the frames that carry them
+#   stores.base       what a store must do
+#   stores.memory     records that live in the actor alone
+#   sessions          what lets a write take effect once, though it may be sent twice
+#   namespace         one shard's records: evaluate a batch, commit it, answer
+#   channel           frames over a socket: the actor's half and both client halves
+#   actor             a namespace as a Ray named actor: name, lifetime, restart, credentials
+#   routing           (bot_name, key) -> shard -> connection; reconnects and sends again
+#   storage           Storage and AsyncStorage
+#   adapters testing cli bench demo
+
+from __future__ import annotations
+
+from fsm_ray.keys import Chat, ChatTopic, ChatTopicUser, ChatUser, KeyStrategy, User
+from fsm_ray.options import BotOptions
+from fsm_ray.state import State
+from fsm_ray.storage import AsyncStorage, Storage
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsyncStorage",
+    "BotOptions",
+    "Chat",
+    "ChatTopic",
+    "ChatTopicUser",
+    "ChatUser",
+    "KeyStrategy",
+    "State",
+    "Storage",
+    "User",
+]

@@ -1,0 +1,251 @@
+"""The named actors: one for each shard of a bot, found by name in Ray's namespace `fsm_ray`.
+
+Shard 0 is made first, so whoever makes it decides the bot's options; all others follow it. The functions
+here call Ray and block; a caller on an event loop runs them in a thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
+
+from fsm_ray.channel.handshake import Endpoint
+from fsm_ray.channel.server import Server
+from fsm_ray.errors import FsmRayError, NamespaceUnavailable, OptionsConflict, UnknownBot
+from fsm_ray.namespace import Namespace, NamespaceStatistics
+from fsm_ray.options import BotOptions
+from fsm_ray.stores.memory import MemoryStore
+
+logger = logging.getLogger(__name__)
+
+RAY_NAMESPACE = "fsm_ray"
+
+ACTOR_OPTIONS: dict[str, Any] = {
+    "namespace": RAY_NAMESPACE,
+    "lifetime": "detached",
+    "get_if_exists": True,
+    "num_cpus": 0,
+    "max_restarts": -1,
+    # Retries are the routing's, which numbers its writes; Ray's own would not know them apart.
+    "max_task_retries": 0,
+    # Calls that wait for a commit must not keep others out.
+    "max_concurrency": 10_000,
+}
+"""What `ray.remote(...).options` gets for every shard, beside its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardDescription:
+    """One shard as its actor sees itself."""
+
+    shard: int
+    node_id: str
+    pid: int
+    restarted_empty: bool
+    """Whether this actor was restarted and came back empty, since its store does not outlive the process."""
+    statistics: NamespaceStatistics
+
+
+class NamespaceActor:
+    """One shard's namespace in an actor of its own. A plain class: `_remote_class` makes it a Ray actor."""
+
+    def __init__(self, bot_name: str, shard: int, options: BotOptions) -> None:
+        self._bot_name = bot_name
+        self._shard = shard
+        self._options = options
+        self._restarted_empty = _was_restarted()
+        self._opening = asyncio.Lock()
+        self._namespace: Namespace | None = None
+        self._listening = asyncio.Lock()
+        self._server: Server | None = None
+        self._endpoint: Endpoint | None = None
+
+    async def options(self) -> BotOptions:
+        return self._options
+
+    async def endpoint(self, node_id: str) -> Endpoint:
+        """Where a client of this node connects. Begins to listen when need be."""
+        namespace = await self._opened()
+        async with self._listening:
+            if self._server is None or self._endpoint is None:
+                self._server, self._endpoint = await self._listen(namespace)
+            if self._endpoint.tcp_address is None and node_id != self._endpoint.node_id:
+                host = self._options.listen_host or ray.util.get_node_ip_address()
+                address = await self._server.listen_tcp(host)
+                self._endpoint = dataclasses.replace(self._endpoint, tcp_address=address)
+            return self._endpoint
+
+    async def exchange(self, request: bytes) -> bytes:
+        """One frame in, its reply out: the channel's fallback, over a Ray call."""
+        namespace = await self._opened()
+        reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        namespace.handle(memoryview(request)[4:], reply.set_result)
+        # Shielded: the commit answers even when the caller has given up.
+        return await asyncio.shield(reply)
+
+    async def describe(self) -> ShardDescription:
+        return ShardDescription(
+            shard=self._shard,
+            node_id=_node_id(),
+            pid=os.getpid(),
+            restarted_empty=self._restarted_empty,
+            statistics=(await self._opened()).statistics(),
+        )
+
+    async def stop(self) -> None:
+        """Stop listening and remove the socket; the actor is about to be killed."""
+        if self._server is not None:
+            self._server.close()
+
+    async def _opened(self) -> Namespace:
+        """The namespace, opened by whoever comes first: Ray runs no coroutine at construction."""
+        async with self._opening:
+            if self._namespace is None:
+                store = MemoryStore()
+                contents = await store.open()
+                self._namespace = Namespace(self._bot_name, self._options, store, contents)
+                if self._restarted_empty:
+                    logger.warning(
+                        "shard %d of bot %r was restarted and is empty: its records lived in memory only",
+                        self._shard,
+                        self._bot_name,
+                    )
+            return self._namespace
+
+    async def _listen(self, namespace: Namespace) -> tuple[Server, Endpoint]:
+        server = Server(namespace.handle)
+        # A restarted actor has the same name for its socket, and so removes what its killed self left.
+        identity = f"{ray.get_runtime_context().gcs_address} {self._bot_name}/{self._shard}"
+        unix_path = await server.listen_unix(hashlib.sha256(identity.encode()).hexdigest()[:24])
+        return server, Endpoint(
+            options=self._options,
+            node_id=_node_id(),
+            unix_path=unix_path,
+            tcp_address=None,
+            secret=server.secret,
+        )
+
+
+def create_shards(bot_name: str, options: BotOptions, timeout_s: float) -> None:
+    """Make the bot's actors unless they are there.
+
+    Raises:
+        OptionsConflict: the bot runs with other options; nothing was changed.
+        NamespaceUnavailable: an actor did not come up within `timeout_s`; a retry is safe.
+    """
+    first = _create(bot_name, 0, options)
+    running: BotOptions = call(first.options.remote(), bot_name, timeout_s)
+    if running != options:
+        differences = {
+            name: (value, getattr(options, name))
+            for name, value in running
+            if value != getattr(options, name)
+        }
+        told = ", ".join(f"{name} is {old!r}, not {new!r}" for name, (old, new) in differences.items())
+        raise OptionsConflict(
+            f"bot {bot_name!r} already runs with other options: {told}. Nothing was changed: "
+            "init it with its own options, or drop it first",
+            bot=bot_name,
+            differences=differences,
+        )
+    others = [_create(bot_name, shard, options) for shard in range(1, options.shards)]
+    for actor in others:
+        call(actor.options.remote(), bot_name, timeout_s)
+
+
+def find_shard(bot_name: str, shard: int) -> ActorHandle[NamespaceActor]:
+    """The actor's handle.
+
+    Raises:
+        UnknownBot: there is no such bot.
+        NamespaceUnavailable: the bot is there, but not this shard of it.
+    """
+    try:
+        return ray.get_actor(_name(bot_name, shard), namespace=RAY_NAMESPACE)
+    except ValueError:
+        if shard == 0:
+            raise UnknownBot(
+                f"no bot {bot_name!r} on this Ray cluster: call storage.init({bot_name!r}) first",
+                bot=bot_name,
+            ) from None
+        find_shard(bot_name, 0)
+        raise NamespaceUnavailable(
+            f"shard {shard} of bot {bot_name!r} is not there, as its init was interrupted: call init again",
+            bot=bot_name,
+        ) from None
+
+
+def running_options(bot_name: str, timeout_s: float) -> BotOptions:
+    """The options that the bot was made with.
+
+    Raises:
+        UnknownBot: there is no such bot.
+        NamespaceUnavailable: its first shard did not answer within `timeout_s`.
+    """
+    options: BotOptions = call(find_shard(bot_name, 0).options.remote(), bot_name, timeout_s)
+    return options
+
+
+def kill_shards(bot_name: str, timeout_s: float) -> None:
+    """End the bot's actors, the first one last, so that an interrupted call can be repeated."""
+    options = running_options(bot_name, timeout_s)
+    for shard in reversed(range(options.shards)):
+        try:
+            actor = find_shard(bot_name, shard)
+        except NamespaceUnavailable:
+            continue
+        call(actor.stop.remote(), bot_name, timeout_s)
+        ray.kill(actor, no_restart=True)
+
+
+def call(reference: Any, bot_name: str, timeout_s: float) -> Any:
+    """What the actor's method returned.
+
+    Raises:
+        NamespaceUnavailable: it did not answer within `timeout_s`, or is just being restarted.
+        FsmRayError: whatever of ours the method raised.
+    """
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except RayTaskError as error:
+        if isinstance(error.cause, FsmRayError):
+            raise error.cause from None
+        raise
+    except RayError as error:
+        raise NamespaceUnavailable(
+            f"bot {bot_name!r} did not answer a Ray call within {timeout_s} s: {error}",
+            bot=bot_name,
+            timeout_s=timeout_s,
+        ) from error
+
+
+def _create(bot_name: str, shard: int, options: BotOptions) -> ActorHandle[NamespaceActor]:
+    actor_class: Any = ray.remote(NamespaceActor).options(name=_name(bot_name, shard), **ACTOR_OPTIONS)
+    actor: ActorHandle[NamespaceActor] = actor_class.remote(bot_name, shard, options)
+    return actor
+
+
+def _name(bot_name: str, shard: int) -> str:
+    return f"{bot_name}/{shard}"
+
+
+def _was_restarted() -> bool:
+    with warnings.catch_warnings():
+        # Ray's own property goes through a deprecated one of Ray's.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def _node_id() -> str:
+    node_id: str = ray.get_runtime_context().get_node_id()
+    return node_id

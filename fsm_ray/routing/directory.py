@@ -1,0 +1,204 @@
+"""Directory: which bots there are and where their shards listen, as Ray knows it.
+
+Everything here may block for as long as a Ray call takes; answers are kept, so a forked process, in which
+Ray does not work, can still connect to the shards that its parent knew.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray._private import services
+from ray.actor import ActorHandle
+from ray.util.client import ray as ray_client
+
+from fsm_ray import actor
+from fsm_ray.actor import NamespaceActor, ShardDescription
+from fsm_ray.channel.handshake import Endpoint, check_protocol_version
+from fsm_ray.errors import NamespaceUnavailable, RayUnreachable
+from fsm_ray.options import BotOptions, check_bot_name
+
+logger = logging.getLogger(__name__)
+
+RETRY_DELAYS_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""Pauses between attempts to reach a shard, the last one again and again; each is varied by half."""
+
+
+PROBE_TIMEOUT_S = 5.0
+
+
+def retry_delay_s(attempt: int) -> float:
+    """How long to pause after this many failed attempts before."""
+    return RETRY_DELAYS_S[min(attempt, len(RETRY_DELAYS_S) - 1)] * random.uniform(0.5, 1.5)
+
+
+@dataclass(frozen=True)
+class BotDescription:
+    """A bot as its actors see themselves."""
+
+    bot_name: str
+    options: BotOptions
+    shards: list[ShardDescription] = field(default_factory=list)
+
+
+def attach(address: str | None) -> None:
+    """Attach this process to Ray: to the cluster at `address`, to one that is there, or to a new local one.
+
+    Raises:
+        RayUnreachable: nothing answers at the address, or no local Ray could be started.
+    """
+    if ray.is_initialized():
+        return
+    try:
+        # "local" takes no notice of the address file that an earlier Ray may have left behind.
+        ray.init(address=_answering(address) if address else _running_ray() or "local")
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise RayUnreachable(
+            f"no Ray at {address or 'this machine'}: {error}. Start one with `ray start --head`, "
+            "or give the address of a running cluster"
+        ) from error
+
+
+def _running_ray() -> str | None:
+    """The address of the Ray that RAY_ADDRESS names or that runs on this machine."""
+    try:
+        # What ray.init("auto") does, but for waiting minutes at an address where nobody is any more.
+        address = services.canonicalize_bootstrap_address("auto")
+    except ConnectionError:
+        return None
+    try:
+        return None if address is None else _answering(address)
+    except OSError as error:
+        if os.environ.get("RAY_ADDRESS"):
+            raise
+        logger.warning("the Ray that ran at %s is gone (%s): starting a local one", address, error)
+        return None
+
+
+def _answering(address: str) -> str:
+    """The address, if somebody listens there: Ray itself takes minutes to find out that nobody does."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), PROBE_TIMEOUT_S).close()
+    return address
+
+
+class Directory:
+    """What this process knows of the bots. Thread-safe; where two ask at once, Ray is asked twice."""
+
+    def __init__(self, address: str | None, timeout_s: float) -> None:
+        self._address = address
+        self._timeout_s = timeout_s
+        self._pid: int | None = None
+        self._node_id = ""
+        self._lock = threading.Lock()
+        self._options: dict[str, BotOptions] = {}
+        self._endpoints: dict[tuple[str, int], Endpoint] = {}
+
+    def init(self, bot_name: str, options: BotOptions) -> None:
+        """See `Storage.init`. The shards' endpoints are known afterwards."""
+        check_bot_name(bot_name)
+        self._attach()
+        actor.create_shards(bot_name, options, self._timeout_s)
+        self._options[bot_name] = options
+        if not self.is_remote:
+            for shard in range(options.shards):
+                self.locate(bot_name, shard)
+
+    def options(self, bot_name: str) -> BotOptions:
+        """The options of a bot that runs.
+
+        Raises:
+            UnknownBot, InvalidBotName, NamespaceUnavailable
+        """
+        options = self._options.get(bot_name)
+        if options is None:
+            check_bot_name(bot_name)
+            self._attach()
+            options = actor.running_options(bot_name, self._timeout_s)
+            self._options[bot_name] = options
+        return options
+
+    def known_endpoint(self, bot_name: str, shard: int) -> Endpoint:
+        """Where the shard was last seen, or Ray's word where it was never seen."""
+        return self._endpoints.get((bot_name, shard)) or self.locate(bot_name, shard)
+
+    def locate(self, bot_name: str, shard: int) -> Endpoint:
+        """Where the shard listens now, by Ray's word.
+
+        Raises:
+            UnknownBot, ProtocolMismatch
+            NamespaceUnavailable: the shard is being restarted, or this is a forked process.
+        """
+        self._attach()
+        handle = actor.find_shard(bot_name, shard)
+        endpoint: Endpoint = actor.call(handle.endpoint.remote(self.node_id), bot_name, self._timeout_s)
+        check_protocol_version(endpoint.protocol_version)
+        self._endpoints[bot_name, shard] = endpoint
+        return endpoint
+
+    def handle(self, bot_name: str, shard: int) -> ActorHandle[NamespaceActor]:
+        """The shard's actor, for calls without a channel; it has just answered one.
+
+        Raises:
+            UnknownBot, NamespaceUnavailable
+        """
+        self._attach()
+        handle = actor.find_shard(bot_name, shard)
+        actor.call(handle.options.remote(), bot_name, self._timeout_s)
+        return handle
+
+    def forget(self, bot_name: str) -> None:
+        """Drop what is known of a bot that is gone or was made anew."""
+        self._options.pop(bot_name, None)
+        for bot, shard in tuple(self._endpoints):
+            if bot == bot_name:
+                self._endpoints.pop((bot, shard), None)
+
+    def describe(self, bot_name: str) -> BotDescription:
+        options = self.options(bot_name)
+        calls: list[Any] = [
+            actor.find_shard(bot_name, shard).describe.remote() for shard in range(options.shards)
+        ]
+        return BotDescription(
+            bot_name, options, [actor.call(each, bot_name, self._timeout_s) for each in calls]
+        )
+
+    def drop(self, bot_name: str) -> None:
+        """End the bot's actors; what its store keeps is not touched."""
+        check_bot_name(bot_name)
+        self._attach()
+        self.forget(bot_name)
+        actor.kill_shards(bot_name, self._timeout_s)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether this process is no part of the cluster and reaches it through Ray Client."""
+        return bool(ray_client.is_connected())
+
+    @property
+    def node_id(self) -> str:
+        """Ray's id of the node that this process runs on."""
+        return self._node_id
+
+    def _attach(self) -> None:
+        pid = os.getpid()
+        if self._pid == pid and ray.is_initialized():
+            return
+        with self._lock:
+            if self._pid is not None and self._pid != pid:
+                raise NamespaceUnavailable(
+                    "this process was forked from one that is attached to Ray, and Ray does not survive a "
+                    "fork: operate on the bot once before forking, or start workers as Ray tasks or by spawn"
+                )
+            attach(self._address)
+            if not self.is_remote:
+                self._node_id = ray.get_runtime_context().get_node_id()
+            self._pid = pid

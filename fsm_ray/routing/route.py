@@ -1,0 +1,130 @@
+"""Route: one bot's operations, encoded, and the shard that each belongs to.
+
+Slot of a key: CRC-32 of its encoding modulo 4,096. Shards own equal ranges of slots, so a later change of
+their number moves slots between shards and never rehashes a key.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from fsm_ray import protocol
+from fsm_ray.codec import encode_data, encode_key, extension_hook
+from fsm_ray.errors import (
+    InvalidInput,
+    InvalidState,
+    NamespaceUnavailable,
+    OutcomeUnknown,
+    RecordTooLarge,
+    UnknownBot,
+)
+from fsm_ray.options import SLOTS, BotOptions
+from fsm_ray.protocol import ReplyDecoder
+from fsm_ray.state import State
+
+Addressed = tuple[int, bytes]
+"""A shard, and an operation for it."""
+
+
+def slot_of(key: bytes) -> int:
+    """The slot of an encoded key."""
+    return zlib.crc32(key) % SLOTS
+
+
+class Route:
+    """How the operations on one bot are encoded, and which shard each goes to.
+
+    All that can be refused here is, before anything is sent.
+    """
+
+    def __init__(self, bot_name: str, options: BotOptions) -> None:
+        self.bot_name = bot_name
+        self.options = options
+        self.decoder = ReplyDecoder(extension_hook(allow_pickle=options.allow_pickle))
+        self._shards = options.shards
+        self._allow_pickle = options.allow_pickle
+        self._max_record_bytes = options.max_record_bytes
+
+    def get_record(self, key: Hashable) -> Addressed:
+        encoded = encode_key(key)
+        return self._shard_of(encoded), protocol.get_record(encoded)
+
+    def set_record(self, key: Hashable, state: State, expected_version: int | None) -> Addressed:
+        if not isinstance(state, State):
+            raise InvalidState(
+                f"set_state takes a fsm_ray.State, not {type(state).__name__}: State(state={state!r})",
+                bot=self.bot_name,
+                key=key,
+            )
+        encoded = encode_key(key)
+        data = encode_data(state.data, allow_pickle=self._allow_pickle)
+        operation = protocol.set_record(encoded, state.flow, state.state, data, _checked(expected_version))
+        return self._shard_of(encoded), self._bounded(operation)
+
+    def set_data(self, key: Hashable, data: Mapping[str, Any], expected_version: int | None) -> Addressed:
+        encoded = encode_key(key)
+        values = encode_data(data, allow_pickle=self._allow_pickle)
+        operation = protocol.set_data(encoded, values, _checked(expected_version))
+        return self._shard_of(encoded), self._bounded(operation)
+
+    def update_data(
+        self, key: Hashable, changes: Mapping[str, Any], expected_version: int | None
+    ) -> Addressed:
+        encoded = encode_key(key)
+        values = encode_data(changes, allow_pickle=self._allow_pickle)
+        operation = protocol.update_data(encoded, values, _checked(expected_version))
+        return self._shard_of(encoded), self._bounded(operation)
+
+    def clear(self, key: Hashable, expected_version: int | None) -> Addressed:
+        encoded = encode_key(key)
+        return self._shard_of(encoded), protocol.clear(encoded, _checked(expected_version))
+
+    def check_options(self, options: BotOptions) -> None:
+        """Refuse a shard of other options: the bot was dropped and made again since this route was."""
+        if options != self.options:
+            raise UnknownBot(
+                f"bot {self.bot_name!r} was dropped and initialised anew with other options: call again",
+                bot=self.bot_name,
+            )
+
+    def too_late(
+        self, shard: int, timeout_s: float, trouble: str, *, outcome_unknown: bool
+    ) -> NamespaceUnavailable:
+        """The error of an operation that got no answer in time; `trouble` is what stood in the way."""
+        what = f"shard {shard} of bot {self.bot_name!r} gave no answer within {timeout_s} s ({trouble})"
+        if outcome_unknown:
+            return OutcomeUnknown(
+                f"{what}: the write may or may not have taken effect; read the record, then decide",
+                bot=self.bot_name,
+                timeout_s=timeout_s,
+            )
+        return NamespaceUnavailable(
+            f"{what}; nothing was changed, a retry is safe", bot=self.bot_name, timeout_s=timeout_s
+        )
+
+    def _shard_of(self, key: bytes) -> int:
+        return 0 if self._shards == 1 else slot_of(key) * self._shards // SLOTS
+
+    def _bounded(self, operation: bytes) -> bytes:
+        # The shard has the exact check; this one keeps what cannot fit off the channel.
+        if len(operation) > self._max_record_bytes:
+            raise RecordTooLarge(
+                f"the operation takes {len(operation):,} bytes, and max_record_bytes of bot "
+                f"{self.bot_name!r} is {self._max_record_bytes:,}; nothing was changed: keep less, "
+                "or init with a larger limit",
+                bot=self.bot_name,
+                size_bytes=len(operation),
+                max_record_bytes=self._max_record_bytes,
+            )
+        return operation
+
+
+def _checked(expected_version: int | None) -> int | None:
+    if expected_version is None or (type(expected_version) is int and 0 <= expected_version < 1 << 63):
+        return expected_version
+    raise InvalidInput(
+        "expected_version is the version of a State that was read, or 0 for no record; "
+        f"not {expected_version!r}"
+    )

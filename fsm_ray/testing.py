@@ -1,0 +1,542 @@
+"""Conformance kits: promises as pytest classes, for this project and for authors of parts of it.
+
+A kit is a class with an abstract fixture; a test file subclasses it and supplies that fixture. It states
+promises, never policies. Needs pytest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import threading
+import uuid
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from fsm_ray.errors import (
+    InvalidBotName,
+    InvalidData,
+    InvalidInput,
+    InvalidKey,
+    InvalidOptions,
+    InvalidState,
+    OptionsConflict,
+    PickleNotAllowed,
+    RecordTooLarge,
+    StorageClosed,
+    UnknownBot,
+    VersionConflict,
+)
+from fsm_ray.options import BotOptions
+from fsm_ray.state import State
+from fsm_ray.storage import AsyncStorage, Storage
+
+
+class Blocking:
+    """An AsyncStorage with the methods of a Storage: each coroutine runs on a loop in a thread.
+
+    So one suite, written in blocking style, holds both facades to the same contract.
+    """
+
+    def __init__(self, storage: AsyncStorage) -> None:
+        self._storage = storage
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="storage loop", daemon=True)
+        self._thread.start()
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method: Callable[..., Coroutine[Any, Any, Any]] = getattr(self._storage, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return asyncio.run_coroutine_threadsafe(method(*args, **kwargs), self._loop).result()
+
+        return call
+
+    def stop(self) -> None:
+        """Close the storage and end the loop."""
+        asyncio.run_coroutine_threadsafe(self._storage.close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+AnyStorage = Storage | Blocking
+
+
+class StorageContract:
+    """What every way to a bot's conversations promises.
+
+    The first part is what the tests of ExGram FSM v0.1.0's ETS storage assert, one to one; the rest is what
+    they leave out.
+    """
+
+    @pytest.fixture
+    def storage(self) -> AnyStorage:
+        """The storage under test."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def bot(self) -> str:
+        """The name of an initialised bot, with default options but for `shards`; tests share it."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def key(self) -> tuple[str, int]:
+        """A key that no other test uses."""
+        return uuid.uuid4().hex, 42
+
+    # ExGram FSM: init
+
+    def test_init_makes_the_bot(self, storage: AnyStorage, bot: str) -> None:
+        storage.init(bot, storage.describe(bot).options)
+
+        assert storage.describe(bot).bot_name == bot
+
+    def test_init_is_idempotent(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        options = storage.describe(bot).options
+        storage.set_state(bot, key, State(state="kept"))
+
+        for _ in range(3):
+            storage.init(bot, options)
+
+        assert storage.get_state(bot, key) == State(state="kept")
+
+    def test_bots_have_records_of_their_own(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        other = f"{bot}.other"
+        storage.init(other)
+        try:
+            storage.set_state(bot, key, State(state="here"))
+
+            assert storage.get_state(other, key) is None
+        finally:
+            storage.drop(other)
+
+    # ExGram FSM: get_state and set_state
+
+    def test_get_state_of_an_unknown_key_is_none(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        assert storage.get_state(bot, key) is None
+
+    def test_get_state_returns_what_set_state_stored(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        state = State(flow="registration", state="get_name", data={"attempts": 2})
+
+        storage.set_state(bot, key, state)
+
+        assert storage.get_state(bot, key) == state
+
+    def test_a_round_trip_keeps_every_part_of_a_state(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        for state in (
+            State(),
+            State(flow="only_flow"),
+            State(state="only_state"),
+            State(data={"only": "data"}),
+            State(flow="all", state="three", data={"of": "them"}),
+        ):
+            storage.set_state(bot, key, state)
+
+            assert storage.get_state(bot, key) == state
+
+    def test_set_state_returns_the_version_it_made(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        version = storage.set_state(bot, key, State(state="a"))
+
+        stored = storage.get_state(bot, key)
+        assert stored is not None
+        assert stored.version == version
+
+    def test_set_state_overwrites_flow_state_and_data(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        storage.set_state(bot, key, State(flow="old", state="old", data={"old": 1}))
+
+        storage.set_state(bot, key, State(flow="new", data={"new": 2}))
+
+        assert storage.get_state(bot, key) == State(flow="new", data={"new": 2})
+
+    # ExGram FSM: get_data and set_data
+
+    def test_get_data_of_an_unknown_key_is_none(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        assert storage.get_data(bot, key) is None
+
+    def test_get_data_returns_the_data(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        storage.set_state(bot, key, State(state="a", data={"name": "Alice"}))
+
+        assert storage.get_data(bot, key) == {"name": "Alice"}
+
+    def test_get_data_of_a_record_without_data_is_empty(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        storage.set_state(bot, key, State(state="a"))
+
+        assert storage.get_data(bot, key) == {}
+
+    def test_set_data_replaces_data_and_keeps_flow_and_state(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        storage.set_state(bot, key, State(flow="f", state="s", data={"old": 1}))
+
+        storage.set_data(bot, key, {"new": 2})
+
+        assert storage.get_state(bot, key) == State(flow="f", state="s", data={"new": 2})
+
+    def test_set_data_without_a_record_makes_one_with_state_none(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        storage.set_data(bot, key, {"name": "Alice"})
+
+        assert storage.get_state(bot, key) == State(data={"name": "Alice"})
+
+    # ExGram FSM: update_data
+
+    def test_update_data_merges_into_the_data(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        storage.set_state(bot, key, State(flow="f", state="s", data={"kept": 1, "changed": 1}))
+
+        storage.update_data(bot, key, {"changed": 2, "added": 3})
+
+        assert storage.get_state(bot, key) == State(
+            flow="f", state="s", data={"kept": 1, "changed": 2, "added": 3}
+        )
+
+    def test_update_data_returns_the_merged_data(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        storage.set_data(bot, key, {"kept": 1})
+
+        assert storage.update_data(bot, key, {"added": 2}) == {"kept": 1, "added": 2}
+
+    def test_update_data_without_a_record_makes_one_with_state_none(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        storage.update_data(bot, key, {"name": "Alice"})
+
+        assert storage.get_state(bot, key) == State(data={"name": "Alice"})
+
+    def test_update_data_is_shallow(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        storage.set_data(bot, key, {"address": {"city": "Kyiv", "zip": "01001"}})
+
+        storage.update_data(bot, key, {"address": {"city": "Lviv"}})
+
+        assert storage.get_data(bot, key) == {"address": {"city": "Lviv"}}
+
+    def test_update_data_with_nothing_changes_no_data(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        storage.set_data(bot, key, {"kept": 1})
+
+        assert storage.update_data(bot, key, {}) == {"kept": 1}
+
+    # ExGram FSM: clear
+
+    def test_clear_removes_the_record(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        storage.set_state(bot, key, State(state="a"))
+
+        assert storage.clear(bot, key) is True
+        assert storage.get_state(bot, key) is None
+        assert storage.get_data(bot, key) is None
+
+    def test_clear_without_a_record_is_false_and_no_error(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        assert storage.clear(bot, key) is False
+
+    def test_clear_leaves_other_keys_alone(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        storage.set_state(bot, key, State(state="a"))
+        storage.set_state(bot, (1, 1), State(state="b"))
+
+        storage.clear(bot, key)
+
+        assert storage.get_state(bot, (1, 1)) == State(state="b")
+
+    # Versions
+
+    def test_every_write_makes_a_greater_version(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        def version() -> int:
+            state = storage.get_state(bot, key)
+            assert state is not None
+            assert state.version is not None
+            return state.version
+
+        storage.set_state(bot, key, State(state="a"))
+        versions = [version()]
+        storage.set_data(bot, key, {"n": 1})
+        versions.append(version())
+        storage.update_data(bot, key, {"n": 2})
+        versions.append(version())
+        storage.clear(bot, key)
+        storage.set_state(bot, key, State(state="a"))
+        versions.append(version())
+
+        assert versions == sorted(set(versions))
+
+    def test_a_write_that_expects_the_stored_version_succeeds(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        first = storage.set_state(bot, key, State(state="a"))
+        second = storage.set_state(bot, key, State(state="b"), expected_version=first)
+        third = storage.set_data(bot, key, {"n": 1}, expected_version=second)
+        storage.update_data(bot, key, {"n": 2}, expected_version=third)
+        stored = storage.get_state(bot, key)
+        assert stored is not None
+
+        assert storage.clear(bot, key, expected_version=stored.version) is True
+
+    def test_a_write_that_expects_another_version_changes_nothing(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        old = storage.set_state(bot, key, State(state="a"))
+        new = storage.set_state(bot, key, State(state="b"))
+
+        for write in (
+            lambda: storage.set_state(bot, key, State(state="c"), expected_version=old),
+            lambda: storage.set_data(bot, key, {"n": 1}, expected_version=old),
+            lambda: storage.update_data(bot, key, {"n": 1}, expected_version=old),
+            lambda: storage.clear(bot, key, expected_version=old),
+        ):
+            with pytest.raises(VersionConflict) as caught:
+                write()
+
+            assert (caught.value.expected_version, caught.value.actual_version) == (old, new)
+            assert (caught.value.bot, caught.value.key) == (bot, key)
+        assert storage.get_state(bot, key) == State(state="b")
+
+    def test_expected_version_zero_means_that_there_is_no_record(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        storage.set_state(bot, key, State(state="first"), expected_version=0)
+
+        with pytest.raises(VersionConflict):
+            storage.set_state(bot, key, State(state="second"), expected_version=0)
+        assert storage.get_state(bot, key) == State(state="first")
+
+    # Keys and values
+
+    def test_keys_that_differ_only_in_type_are_different_keys(self, storage: AnyStorage, bot: str) -> None:
+        keys: list[Any] = [1, "1", True, 1.0, b"1", (1,), ("1",), None, ((1,),), UUID(int=1)]
+        for number, key in enumerate(keys):
+            storage.set_data(bot, key, {"number": number})
+
+        assert [storage.get_data(bot, key) for key in keys] == [{"number": n} for n in range(len(keys))]
+
+    def test_values_come_back_with_their_types(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        data = {
+            "none": None,
+            "bool": True,
+            "int": 2**100,
+            "float": -0.0,
+            "bytes": b"\x00\xff",
+            "tuple": (1, [2, (3,)]),
+            "set": {1, 2},
+            "dict": {1: "one", (2, 3): "pair"},
+            "date": datetime.date(2026, 2, 28),
+            "moment": datetime.datetime(2026, 2, 28, 12, tzinfo=datetime.UTC),
+            "decimal": Decimal("1.10"),
+            "uuid": UUID(int=7),
+        }
+
+        storage.set_data(bot, key, data)
+
+        stored = storage.get_data(bot, key)
+        assert stored == data
+        assert {name: type(value) for name, value in stored.items()} == {
+            name: type(value) for name, value in data.items()
+        }
+
+    def test_what_is_returned_is_not_what_is_stored(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        given = {"list": [1]}
+        storage.set_data(bot, key, given)
+        given["list"].append(2)
+        returned = storage.get_data(bot, key)
+        assert returned is not None
+        returned["list"].append(3)
+
+        assert storage.get_data(bot, key) == {"list": [1]}
+
+    def test_reads_make_no_records(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        def records() -> int:
+            return sum(shard.statistics.records for shard in storage.describe(bot).shards)
+
+        before = records()
+        for number in range(50):
+            storage.get_state(bot, (key, number))
+            storage.get_data(bot, (key, number))
+
+        assert records() == before
+
+    # Bad input: a typed error that says what to do, and nothing written
+
+    @pytest.mark.parametrize("key", [[1], {"a": 1}, (1, [2]), object(), float("nan"), "\ud800"])
+    def test_a_key_that_cannot_be_encoded_is_refused(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        for operation in (
+            lambda: storage.get_state(bot, key),
+            lambda: storage.set_state(bot, key, State()),
+            lambda: storage.clear(bot, key),
+        ):
+            with pytest.raises(InvalidKey, match="key"):
+                operation()
+
+    @pytest.mark.parametrize("data", [None, 7, "text", [("a", 1)], {1: "a"}, {"a": threading.Lock()}])
+    def test_data_that_cannot_be_stored_is_refused(
+        self, storage: AnyStorage, bot: str, key: Any, data: Any
+    ) -> None:
+        for write in (storage.set_data, storage.update_data):
+            with pytest.raises(InvalidData):
+                write(bot, key, data)
+        assert storage.get_state(bot, key) is None
+
+    @pytest.mark.parametrize("state", [None, "get_name", {"state": "get_name"}])
+    def test_a_state_that_is_no_state_is_refused(
+        self, storage: AnyStorage, bot: str, key: Any, state: Any
+    ) -> None:
+        with pytest.raises(InvalidState, match="State"):
+            storage.set_state(bot, key, state)
+        assert storage.get_state(bot, key) is None
+
+    @pytest.mark.parametrize("version", [-1, 1.0, "1", True, 1 << 63])
+    def test_an_expected_version_that_is_none_is_refused(
+        self, storage: AnyStorage, bot: str, key: Any, version: Any
+    ) -> None:
+        with pytest.raises(InvalidInput, match="expected_version"):
+            storage.set_data(bot, key, {}, expected_version=version)
+        assert storage.get_state(bot, key) is None
+
+    def test_a_record_over_its_limit_is_refused_and_the_stored_one_kept(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        half = "x" * (600 << 10)
+        storage.set_data(bot, key, {"a": half})
+
+        with pytest.raises(RecordTooLarge, match="max_record_bytes"):
+            storage.update_data(bot, key, {"b": half})
+        with pytest.raises(RecordTooLarge, match="max_record_bytes"):
+            storage.set_data(bot, key, {"a": half + half})
+        assert storage.get_data(bot, key) == {"a": half}
+
+    def test_an_operation_on_an_unknown_bot_names_init(self, storage: AnyStorage, key: Any) -> None:
+        for operation in (
+            lambda: storage.get_state("nobody", key),
+            lambda: storage.update_data("nobody", key, {}),
+            lambda: storage.describe("nobody"),
+            lambda: storage.drop("nobody"),
+        ):
+            with pytest.raises(UnknownBot, match="init") as caught:
+                operation()
+            assert caught.value.bot == "nobody"
+
+    @pytest.mark.parametrize("name", ["", "a b", "a/b", "ü", "a" * 65, "a\n", None, 7])
+    def test_a_bot_name_with_odd_characters_is_refused(
+        self, storage: AnyStorage, key: Any, name: Any
+    ) -> None:
+        for operation in (
+            lambda: storage.init(name),
+            lambda: storage.get_state(name, key),
+            lambda: storage.set_data(name, key, {}),
+        ):
+            with pytest.raises(InvalidBotName, match="letters"):
+                operation()
+
+    def test_other_options_for_a_running_bot_are_refused(self, storage: AnyStorage, bot: str) -> None:
+        options = storage.describe(bot).options
+
+        with pytest.raises(OptionsConflict, match="max_record_bytes is 1048576, not 4096") as caught:
+            storage.init(bot, options, max_record_bytes=4096)
+        assert caught.value.differences == {"max_record_bytes": (1 << 20, 4096)}
+        assert storage.describe(bot).options == options
+
+    def test_options_that_are_not_valid_are_refused(self, storage: AnyStorage, bot: str) -> None:
+        for changes in ({"shards": 0}, {"no_such": 1}, {"store": "paper://"}, {"max_record_bytes": "1"}):
+            with pytest.raises(InvalidOptions, match=next(iter(changes))):
+                storage.init(f"{bot}.bad", **changes)
+        with pytest.raises(UnknownBot):
+            storage.describe(f"{bot}.bad")
+
+    def test_a_bot_that_refuses_pickle_takes_plain_values_only(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        strict = f"{bot}.strict"
+        storage.init(strict, BotOptions(allow_pickle=False))
+        try:
+            storage.set_data(strict, key, {"plain": (1, "two")})
+
+            with pytest.raises(PickleNotAllowed, match="allow_pickle"):
+                storage.update_data(strict, key, {"complex": 1j})
+            assert storage.get_data(strict, key) == {"plain": (1, "two")}
+        finally:
+            storage.drop(strict)
+
+    def test_a_dropped_bot_is_unknown_and_can_be_made_again(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        fleeting = f"{bot}.fleeting"
+        storage.init(fleeting)
+        storage.set_state(fleeting, key, State(state="a"))
+        storage.drop(fleeting)
+
+        with pytest.raises(UnknownBot):
+            storage.get_state(fleeting, key)
+        storage.init(fleeting, shards=2)
+        assert storage.get_state(fleeting, key) is None
+        storage.drop(fleeting)
+
+    # Concurrency
+
+    def test_concurrent_updates_never_lose_each_others_fields(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        def update(worker: int) -> None:
+            for number in range(20):
+                storage.update_data(bot, key, {f"{worker}-{number}": number})
+
+        with ThreadPoolExecutor(32) as pool:
+            list(pool.map(update, range(32)))
+
+        data = storage.get_data(bot, key)
+        assert data is not None
+        assert len(data) == 640
+
+    def test_of_concurrent_compare_and_sets_one_wins(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        version = storage.set_state(bot, key, State(state="start"))
+
+        def attempt(worker: int) -> int | None:
+            try:
+                storage.set_state(bot, key, State(state=str(worker)), expected_version=version)
+            except VersionConflict:
+                return None
+            return worker
+
+        with ThreadPoolExecutor(16) as pool:
+            winners = [worker for worker in pool.map(attempt, range(16)) if worker is not None]
+
+        assert len(winners) == 1
+        assert storage.get_state(bot, key) == State(state=str(winners[0]))
+
+    def test_a_worker_reads_its_own_writes(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        def write_and_read(worker: int) -> bool:
+            for number in range(50):
+                storage.set_data(bot, (key, worker), {"number": number})
+                if storage.get_data(bot, (key, worker)) != {"number": number}:
+                    return False
+            return True
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(write_and_read, range(8)))
+
+
+class ClosedStorageContract:
+    """What a closed storage does."""
+
+    @pytest.fixture
+    def storage(self) -> AnyStorage:
+        """A storage that was closed."""
+        raise NotImplementedError
+
+    def test_every_operation_of_a_closed_storage_is_refused(self, storage: AnyStorage) -> None:
+        for operation in (
+            lambda: storage.init("bot"),
+            lambda: storage.get_state("bot", 1),
+            lambda: storage.set_state("bot", 1, State()),
+            lambda: storage.get_data("bot", 1),
+            lambda: storage.set_data("bot", 1, {}),
+            lambda: storage.update_data("bot", 1, {}),
+            lambda: storage.clear("bot", 1),
+            lambda: storage.describe("bot"),
+            lambda: storage.drop("bot"),
+        ):
+            with pytest.raises(StorageClosed, match="new one"):
+                operation()

@@ -1,0 +1,60 @@
+"""Fixtures: one Ray of three nodes for the whole session, and bots that are dropped after their test."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from fsm_ray import Storage
+from fsm_ray.errors import UnknownBot
+
+DEADLINE_S = 60.0
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """The session's Ray. This process is attached to its first node."""
+
+    address: str
+    node_ids: tuple[str, str, str]
+    """The first one is this process's node."""
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[RayCluster]:
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            nodes.add_node(num_cpus=4)
+        ray.init(address=nodes.address, log_to_driver=False)
+        here = ray.get_runtime_context().get_node_id()
+        others = [node["NodeID"] for node in ray.nodes() if node["NodeID"] != here]
+        yield RayCluster(nodes.address, (here, *others))
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+
+
+@pytest.fixture
+def bot_name(cluster: RayCluster) -> Iterator[str]:
+    """A name for a bot; if the test makes it, it is dropped afterwards."""
+    name = f"test-{uuid.uuid4().hex[:12]}"
+    yield name
+    with Storage() as storage, contextlib.suppress(UnknownBot):
+        storage.drop(name)
+
+
+def eventually(condition: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
+    """Wait until the condition holds; fail, naming it, when it does not in time."""
+    end = time.monotonic() + deadline_s
+    while not condition():
+        if time.monotonic() > end:
+            pytest.fail(f"not within {deadline_s} s: {what}")
+        time.sleep(0.01)
