@@ -7,10 +7,13 @@ here call Ray and block; a caller on an event loop runs them in a thread.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import gc
 import hashlib
 import logging
 import os
+import threading
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +114,7 @@ class NamespaceActor:
         """The namespace, opened by whoever comes first: Ray runs no coroutine at construction."""
         async with self._opening:
             if self._namespace is None:
+                _prefer_this_thread()
                 store = MemoryStore()
                 contents = await store.open()
                 self._namespace = Namespace(self._bot_name, self._options, store, contents)
@@ -120,6 +124,9 @@ class NamespaceActor:
                         self._shard,
                         self._bot_name,
                     )
+                # What is imported by now stays for good: let no collection look at it again.
+                gc.collect()
+                gc.freeze()
             return self._namespace
 
     async def _listen(self, namespace: Namespace) -> tuple[Server, Endpoint]:
@@ -237,6 +244,16 @@ def _create(bot_name: str, shard: int, options: BotOptions) -> ActorHandle[Names
 
 def _name(bot_name: str, shard: int) -> str:
     return f"{bot_name}/{shard}"
+
+
+def _prefer_this_thread() -> None:
+    """Give the loop's thread the priority of an ordinary process, where the system lets us.
+
+    Ray runs its workers at niceness 15 (RAY_worker_niceness), so that they leave its own daemons alone. All
+    of a bot's workers wait for its shards, so a shard is more of a daemon than of a worker.
+    """
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 0)
 
 
 def _was_restarted() -> bool:

@@ -18,6 +18,7 @@ from fsm_ray import protocol, record
 from fsm_ray.errors import FsmRayError, RecordTooLarge, VersionConflict
 from fsm_ray.options import BotOptions
 from fsm_ray.protocol import Clear, ReadRequest, SetData, SetRecord, UpdateData, WriteRequest
+from fsm_ray.record import Packer
 from fsm_ray.sessions import Sessions
 from fsm_ray.stores.base import Answered, Batch, Contents, Store
 
@@ -56,13 +57,17 @@ class Namespace:
         self._bot_name = bot_name
         self._max_record_bytes = options.max_record_bytes
         self._store = store
-        self._records = contents.records
+        self._packer = Packer()
+        self._records = {key: self._packer.pack_blob(blob) for key, blob in contents.records.items()}
         self._version = contents.version
         self._sessions = Sessions(contents.sessions, clock)
         self._clock = clock
         self._waiting: list[tuple[WriteRequest, Answer]] = []
         self._commit: asyncio.Future[None] | None = None
+        # What the commit that is being put together, or is under way, changes.
         self._overlay: dict[bytes, bytes | None] = {}
+        self._cleared: set[bytes] = set()
+        self._answered: dict[bytes, Answered] = {}
         self._operations = 0
         self._apply: dict[type, Callable[..., bytes]] = {
             SetRecord: self._set_record,
@@ -82,10 +87,10 @@ class Namespace:
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise MalformedRequest(str(error)) from error
         if type(request) is ReadRequest:
-            get = self._records.get
             self._operations += len(request.keys)
-            nil = protocol.NIL
-            answer(protocol.reply(protocol.READ, request.number, [get(key) or nil for key in request.keys]))
+            get, blob, nil = self._records.get, self._packer.blob, protocol.NIL
+            results = [nil if (packed := get(key)) is None else blob(packed) for key in request.keys]
+            answer(protocol.reply(protocol.READ, request.number, results))
         else:
             self._waiting.append((request, answer))
             if self._commit is None:
@@ -104,41 +109,43 @@ class Namespace:
     def _commit_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
         self._overlay = {}
-        sessions: dict[bytes, Answered] = {}
-        answers = [(answer, self._evaluate(request, sessions)) for request, answer in waiting]
-        batch = Batch(version=self._version, records=self._overlay, sessions=sessions)
-        commit = self._store.commit(batch)
+        self._answered = {}
+        answers = [(answer, self._evaluate(request)) for request, answer in waiting]
+        commit = self._store.commit(self._batch()) if self._store.is_durable else None
         if commit is None:
-            self._publish(batch, answers)
+            self._publish(answers)
         else:
             self._commit = commit
-            commit.add_done_callback(lambda done: self._committed(done, batch, answers))
+            commit.add_done_callback(lambda done: self._committed(done, answers))
 
-    def _committed(
-        self, commit: asyncio.Future[None], batch: Batch, answers: list[tuple[Answer, bytes]]
-    ) -> None:
+    def _batch(self) -> Batch:
+        blob = self._packer.blob
+        records = {key: packed and blob(packed) for key, packed in self._overlay.items()}
+        return Batch(self._version, records, self._answered)
+
+    def _committed(self, commit: asyncio.Future[None], answers: list[tuple[Answer, bytes]]) -> None:
         commit.result()
         self._commit = None
-        self._publish(batch, answers)
+        self._publish(answers)
         if self._waiting:
             self._commit_waiting()
 
-    def _publish(self, batch: Batch, answers: list[tuple[Answer, bytes]]) -> None:
-        records = self._records
-        for key, blob in batch.records.items():
-            if blob is None:
-                records.pop(key, None)
-            else:
-                records[key] = blob
-        self._sessions.remember(batch.sessions)
+    def _publish(self, answers: list[tuple[Answer, bytes]]) -> None:
+        for key in self._cleared:
+            if self._overlay[key] is None:
+                del self._overlay[key]
+                self._records.pop(key, None)
+        self._cleared.clear()
+        self._records.update(self._overlay)  # type: ignore[arg-type]  # no None is left in it
+        self._sessions.remember(self._answered)
         for answer, reply in answers:
             answer(reply)
 
-    def _evaluate(self, request: WriteRequest, sessions: dict[bytes, Answered]) -> bytes:
-        """The reply to one request; its effect goes to the overlay, its session to `sessions`."""
+    def _evaluate(self, request: WriteRequest) -> bytes:
+        """The reply to one request; its effect goes to the overlay."""
         try:
             reply = self._sessions.recall(
-                request.session, request.number, is_resend=request.is_resend, uncommitted=sessions
+                request.session, request.number, is_resend=request.is_resend, uncommitted=self._answered
             )
         except FsmRayError as error:
             refusal = protocol.encode_error(error)
@@ -147,7 +154,7 @@ class Namespace:
             self._operations += len(request.operations)
             results = [self._result(operation) for operation in request.operations]
             reply = protocol.reply(protocol.WRITE, request.number, results)
-            sessions[request.session] = Answered(request.number, reply, self._clock())
+            self._answered[request.session] = Answered(request.number, reply, self._clock())
         return reply
 
     def _result(self, operation: protocol.Write) -> bytes:
@@ -161,25 +168,25 @@ class Namespace:
 
     def _set_record(self, operation: SetRecord) -> bytes:
         version = self._version + 1
-        blob = record.made(operation.flow, operation.state, operation.data, version)
-        self._put(operation.key, blob)
+        self._put(operation.key, self._packer.pack(operation.flow, operation.state, operation.data, version))
         return protocol.encode_result(version)
 
     def _set_data(self, operation: SetData) -> bytes:
-        version = self._version + 1
-        blob = record.with_data(self._current(operation.key), operation.data, version)
-        self._put(operation.key, blob)
+        key, version = operation.key, self._version + 1
+        self._put(key, self._packer.replace(self._current(key), operation.data, version))
         return protocol.encode_result(version)
 
     def _update_data(self, operation: UpdateData) -> bytes:
-        blob = record.merged(self._current(operation.key), operation.changes, self._version + 1)
-        self._put(operation.key, blob)
-        return blob
+        key = operation.key
+        packed = self._packer.merge(self._current(key), operation.changes, self._version + 1)
+        self._put(key, packed)
+        return self._packer.blob(packed)
 
     def _clear(self, operation: Clear) -> bytes:
         was_there = self._current(operation.key) is not None
         if was_there:
             self._overlay[operation.key] = None
+            self._cleared.add(operation.key)
             self._version += 1
         return protocol.encode_result(was_there)
 
@@ -188,8 +195,8 @@ class Namespace:
         overlay = self._overlay
         return overlay[key] if key in overlay else self._records.get(key)
 
-    def _put(self, key: bytes, blob: bytes) -> None:
-        size = len(key) + len(blob)
+    def _put(self, key: bytes, packed: bytes) -> None:
+        size = len(key) + len(packed)
         if size > self._max_record_bytes:
             raise RecordTooLarge(
                 f"the record would take {size:,} bytes, and max_record_bytes of bot {self._bot_name!r} "
@@ -198,7 +205,7 @@ class Namespace:
                 size_bytes=size,
                 max_record_bytes=self._max_record_bytes,
             )
-        self._overlay[key] = blob
+        self._overlay[key] = packed
         self._version += 1
 
     def _check_version(self, key: bytes, expected_version: int) -> None:

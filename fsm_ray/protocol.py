@@ -44,6 +44,9 @@ CLEAR = 3
 
 NIL = b"\xc0"
 
+_BIN8 = tuple(b"\xc4" + bytes([length]) for length in range(256))
+"""The msgpack head of a byte string of this length."""
+
 
 class SetRecord(msgspec.Struct, array_like=True, tag=SET_RECORD, gc=False):
     """Create or overwrite a record. Answer: the new version."""
@@ -93,16 +96,25 @@ class WriteRequest(msgspec.Struct, array_like=True, tag=WRITE, gc=False):
     operations: list[Write]
 
 
-class RecordView(msgspec.Struct, array_like=True, gc=False):
-    """A record as a client sees it: the fields of `record.Record`, with values decoded."""
+class ContentView(msgspec.Struct, array_like=True, gc=False):
+    """The fields of `record.Content`, with values decoded."""
 
-    flow: str | None
-    state: str | None
     data: dict[str, Any]
     version: int
 
 
+class RecordView(msgspec.Struct, array_like=True, gc=False):
+    """A record as a client sees it."""
+
+    flow: str | None
+    state: str | None
+    content: ContentView
+
+
 Result = RecordView | bool | int | dict[str, Any] | None
+
+GOOD_RESULTS = frozenset({RecordView, bool, int, type(None)})
+"""What a result is when the operation did not fail."""
 
 
 class Reply(msgspec.Struct, array_like=True, gc=False):
@@ -123,23 +135,28 @@ decode_request = msgspec.msgpack.Decoder(ReadRequest | WriteRequest).decode
 
 
 def get_record(key: bytes) -> bytes:
-    return _encode(key)
+    """An operation of a read request. `key`, here and below, is an encoded one."""
+    length = len(key)
+    return _BIN8[length] + key if length < len(_BIN8) else _encode(key)
 
 
 def set_record(
-    key: bytes, flow: str | None, state: str | None, data: msgspec.Raw, expected_version: int | None
+    key: bytes, flow: str | None, state: str | None, data: bytes, expected_version: int | None
 ) -> bytes:
-    return _encode((SET_RECORD, key, flow, state, data, expected_version))
+    """`data`, here and below, is an encoded map."""
+    return _encode((SET_RECORD, key, flow, state, msgspec.Raw(data), expected_version))
 
 
-def set_data(key: bytes, data: msgspec.Raw, expected_version: int | None) -> bytes:
-    return _encode((SET_DATA, key, data, expected_version))
+def set_data(key: bytes, data: bytes, expected_version: int | None) -> bytes:
+    return _encode((SET_DATA, key, msgspec.Raw(data), expected_version))
 
 
-def update_data(key: bytes, changes: msgspec.Raw, expected_version: int | None) -> bytes:
-    if expected_version is None:
-        return _encode((UPDATE_DATA, key, changes))
-    return _encode((UPDATE_DATA, key, changes, expected_version))
+def update_data(key: bytes, changes: bytes, expected_version: int | None) -> bytes:
+    length = len(key)
+    if expected_version is None and length < len(_BIN8):
+        # What the line below makes, in a third of the time.
+        return b"\x93\x02" + _BIN8[length] + key + changes
+    return _encode((UPDATE_DATA, key, msgspec.Raw(changes), expected_version))
 
 
 def clear(key: bytes, expected_version: int | None) -> bytes:
@@ -193,6 +210,15 @@ def decode_error(result: dict[str, Any]) -> FsmRayError:
             facts["key"] = decode_key(result["key"])
     error: FsmRayError = kind(result["message"], **facts)
     return error
+
+
+def error_of(result: Result | FsmRayError) -> FsmRayError:
+    """The error that a result is which is none of GOOD_RESULTS."""
+    if isinstance(result, FsmRayError):
+        return result
+    if isinstance(result, dict):
+        return decode_error(result)
+    return FsmRayError(f"a shard gave a result that this version does not know: {result!r}")
 
 
 class ReplyDecoder:

@@ -178,7 +178,7 @@ class Storage(_Facade):
         """
         bot = self._bot(bot_name)
         record: RecordView = bot.write(bot.route.update_data(key, changes, expected_version))
-        return record.data
+        return record.content.data
 
     def clear(self, bot_name: str, key: Hashable, *, expected_version: int | None = None) -> bool:
         """Remove flow, state and data. True if there was a record; without one, nothing happens.
@@ -294,7 +294,7 @@ class AsyncStorage(_Facade):
         """See `Storage.update_data`."""
         bot = self._bots().get(bot_name) or await self._resolve(bot_name)
         record: RecordView = await bot.write(bot.route.update_data(key, changes, expected_version))
-        return record.data
+        return record.content.data
 
     async def clear(self, bot_name: str, key: Hashable, *, expected_version: int | None = None) -> bool:
         """See `Storage.clear`."""
@@ -378,11 +378,13 @@ class AsyncStorage(_Facade):
 def _to_state(record: RecordView | None) -> State | None:
     if record is None:
         return None
-    return State(flow=record.flow, state=record.state, data=record.data, version=record.version)
+    return State(
+        flow=record.flow, state=record.state, data=record.content.data, version=record.content.version
+    )
 
 
 def _to_data(record: RecordView | None) -> dict[str, Any] | None:
-    return None if record is None else record.data
+    return None if record is None else record.content.data
 
 
 def _closed() -> StorageClosed:

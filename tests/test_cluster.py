@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import pickle
@@ -66,6 +67,23 @@ def shards_here(cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pid_of(storage: Storage, bot_name: str, shard: int = 0) -> int:
     return storage.describe(bot_name).shards[shard].pid
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """The process stands still, every thread of it, within this context."""
+
+    def states() -> set[str]:
+        stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+        return {stat.rpartition(")")[2].split()[0] for stat in stats}
+
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        eventually(lambda: states() == {"T"}, f"process {pid} stands still")
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 # init
@@ -321,17 +339,13 @@ async def test_closing_an_async_storage_ends_what_waits(storage: Storage, bot_na
     storage.init(bot_name)
     shared = AsyncStorage(timeout_s=30)
     await shared.set_state(bot_name, KEY, State())
-    pid = pid_of(storage, bot_name)
-    os.kill(pid, signal.SIGSTOP)
-    try:
+    with stopped(pid_of(storage, bot_name)):
         waiting = asyncio.ensure_future(shared.get_state(bot_name, KEY))
         await asyncio.sleep(0)
         await shared.close()
 
         with pytest.raises(FsmRayError, match="closed"):
             await waiting
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 async def test_four_thousand_tasks_at_once_are_no_error(storage: Storage, bot_name: str) -> None:
@@ -478,13 +492,14 @@ async def test_operations_under_way_when_the_actor_is_killed_get_answers(
     async with AsyncStorage(timeout_s=30, transport=transport) as used:
         await used.set_data(bot_name, KEY, {})
         pid = pid_of(storage, bot_name)
-        os.kill(pid, signal.SIGSTOP)  # so that the operations are surely under way
-        operations: list[asyncio.Future[Any]] = [
-            asyncio.ensure_future(used.update_data(bot_name, n, {"n": n})) for n in range(100)
-        ]
-        operations += [asyncio.ensure_future(used.get_data(bot_name, n)) for n in range(100)]
-        await asyncio.sleep(0.05)
-        os.kill(pid, signal.SIGKILL)
+        with stopped(pid):
+            operations: list[asyncio.Future[Any]] = [
+                asyncio.ensure_future(used.update_data(bot_name, n, {"n": n})) for n in range(100)
+            ]
+            operations += [asyncio.ensure_future(used.get_data(bot_name, n)) for n in range(100)]
+            for _ in range(10):
+                await asyncio.sleep(0)  # until all of them are sent
+            os.kill(pid, signal.SIGKILL)
 
         results = await asyncio.gather(*operations)
 
@@ -498,15 +513,11 @@ def test_a_write_without_an_answer_in_time_has_an_unknown_outcome(
     storage.init(bot_name)
     with Storage(timeout_s=0.5, transport=transport) as hasty:
         hasty.set_data(bot_name, KEY, {"n": 1})
-        pid = pid_of(storage, bot_name)
-        os.kill(pid, signal.SIGSTOP)
-        try:
+        with stopped(pid_of(storage, bot_name)):
             with pytest.raises(OutcomeUnknown, match="may or may not") as write:
                 hasty.update_data(bot_name, KEY, {"n": 2})
             with pytest.raises(NamespaceUnavailable, match="retry is safe") as read:
                 hasty.get_data(bot_name, KEY)
-        finally:
-            os.kill(pid, signal.SIGCONT)
 
         assert write.value.timeout_s == 0.5
         assert not isinstance(read.value, OutcomeUnknown)
@@ -519,17 +530,13 @@ async def test_an_async_write_without_an_answer_in_time_has_an_unknown_outcome(
     storage.init(bot_name)
     async with AsyncStorage(timeout_s=0.5) as hasty:
         await hasty.set_data(bot_name, KEY, {"n": 1})
-        pid = pid_of(storage, bot_name)
-        os.kill(pid, signal.SIGSTOP)
-        try:
+        with stopped(pid_of(storage, bot_name)):
             write, queued, read = await asyncio.gather(
                 hasty.update_data(bot_name, KEY, {"n": 2}),
                 hasty.update_data(bot_name, KEY, {"m": 3}),
                 hasty.get_data(bot_name, KEY),
                 return_exceptions=True,
             )
-        finally:
-            os.kill(pid, signal.SIGCONT)
 
         assert isinstance(write, OutcomeUnknown)
         assert isinstance(queued, NamespaceUnavailable)

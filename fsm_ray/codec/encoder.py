@@ -30,13 +30,13 @@ _SEQUENCES: dict[type, int] = {tuple: wire.TUPLE, set: wire.SET, frozenset: wire
 _encode = wire.to_msgpack  # a global of this module is found faster
 
 
-def encode_data(data: Mapping[str, Any], *, allow_pickle: bool) -> Raw:
+def encode_data(data: Mapping[str, Any], *, allow_pickle: bool) -> bytes:
     """Return data as one msgpack map, whose values decode each alone, with `extension_hook`.
 
     Classes of an importable module are stored by name and fields, so they may gain and lose fields. Other
     classes, subclasses of built-in types among them, go through cloudpickle.
 
-    >>> bytes(encode_data({"age": 7}, allow_pickle=False)).hex()
+    >>> encode_data({"age": 7}, allow_pickle=False).hex()
     '81a361676507'
 
     Raises:
@@ -49,12 +49,12 @@ def encode_data(data: Mapping[str, Any], *, allow_pickle: bool) -> Raw:
                 if type(name) is not str or (type(value) not in _PLAIN and not _is_plain(value, 1)):
                     break
             else:
-                return Raw(_encode(data))
+                return _encode(data)
     except (OverflowError, UnicodeEncodeError):
         pass  # an int beyond 64 bits or a lone surrogate: _pack_field tells
     if not isinstance(data, Mapping):
         raise InvalidData(f"data is {wire.type_name(data)}; give a dict of names and values")
-    return Raw(_encode({name: _pack_field(name, data[name], allow_pickle) for name in data}))
+    return _encode({name: _pack_field(name, data[name], allow_pickle) for name in data})
 
 
 def _is_plain(value: Any, depth: int) -> bool:

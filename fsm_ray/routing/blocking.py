@@ -20,8 +20,8 @@ from fsm_ray.actor import NamespaceActor
 from fsm_ray.channel.client import BlockingConnection, addresses
 from fsm_ray.channel.frames import FrameTooLong
 from fsm_ray.channel.handshake import HandshakeFailed
-from fsm_ray.errors import FsmRayError, NamespaceUnavailable, UnknownBot
-from fsm_ray.protocol import READ, WRITE
+from fsm_ray.errors import NamespaceUnavailable, UnknownBot
+from fsm_ray.protocol import GOOD_RESULTS, READ, WRITE
 from fsm_ray.routing.directory import Directory, retry_delay_s
 from fsm_ray.routing.route import Addressed, Route
 
@@ -121,10 +121,8 @@ class BlockingShard:
     def _call(self, kind: int, request: Callable[[bool], bytes]) -> Any:
         _, _, results = self._route.decoder.decode(self._exchange(kind, request))
         result = results[0]
-        if type(result) is dict:
-            raise protocol.decode_error(result)
-        if isinstance(result, FsmRayError):
-            raise result
+        if type(result) not in GOOD_RESULTS:
+            raise protocol.error_of(result)
         return result
 
     def _exchange(self, kind: int, request: Callable[[bool], bytes]) -> bytes | memoryview:

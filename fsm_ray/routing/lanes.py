@@ -8,9 +8,11 @@ makes big batches under load without a timer, and leaves one answer for a shard 
 from __future__ import annotations
 
 import asyncio
+import bisect
+import itertools
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from ray.actor import ActorHandle
@@ -21,14 +23,45 @@ from fsm_ray.actor import NamespaceActor
 from fsm_ray.channel.client import addresses, open_connection
 from fsm_ray.channel.handshake import HandshakeFailed
 from fsm_ray.errors import FsmRayError, NamespaceUnavailable
-from fsm_ray.protocol import MAX_FRAME_BYTES, MAX_OPERATIONS, READ, WRITE, Result
+from fsm_ray.protocol import GOOD_RESULTS, MAX_FRAME_BYTES, MAX_OPERATIONS, READ, WRITE, Result
 from fsm_ray.routing.directory import Directory, retry_delay_s
 from fsm_ray.routing.route import Addressed, Route
 
 logger = logging.getLogger(__name__)
 
-Waiter = tuple[bytes, "asyncio.Future[Any]", float]
-"""An operation, the future of its result, and the loop's time when it was called."""
+_MAX_REQUEST_BYTES = MAX_FRAME_BYTES // 2
+"""Of operations; the rest leaves room for a single one that is larger, and for the request's head."""
+
+
+class Load:
+    """Operations, the futures of their results, and the loop's times of their calls, in order."""
+
+    __slots__ = ("called_at", "futures", "operations")
+
+    def __init__(
+        self, operations: list[bytes], futures: list[asyncio.Future[Any]], called_at: list[float]
+    ) -> None:
+        self.operations = operations
+        self.futures = futures
+        self.called_at = called_at
+
+    def __len__(self) -> int:
+        return len(self.operations)
+
+    def take(self, count: int) -> Load:
+        """Remove the first so many, and return them."""
+        taken = Load(self.operations[:count], self.futures[:count], self.called_at[:count])
+        del self.operations[:count], self.futures[:count], self.called_at[:count]
+        return taken
+
+    def fail(self, error: Callable[[], FsmRayError]) -> None:
+        for future in self.futures:
+            if not future.done():
+                future.set_exception(error())
+
+
+def _empty() -> Load:
+    return Load([], [], [])
 
 
 class Connection(Protocol):
@@ -79,20 +112,22 @@ class Lane:
     def __init__(
         self, kind: int, timeout_s: float, wake: Callable[[], None], too_late: Callable[..., FsmRayError]
     ) -> None:
+        """`wake`: called when there is work and no connection; `too_late`: makes a timeout's error."""
         self._kind = kind
         self._loop = asyncio.get_running_loop()
+        self._make_future = self._loop.create_future
         self._now = self._loop.time
         self._timeout_s = timeout_s
         self._wake = wake
         self._too_late = too_late
         self._session = os.urandom(16)
         self._number = 0
-        self._waiting: list[Waiter] = []
-        self._under_way: list[Waiter] = []
+        self._waiting = _empty()
+        self._under_way = _empty()
         self._was_sent = False
         self._connection: Connection | None = None
+        # Connected, nothing under way, and no flush scheduled.
         self._is_idle = False
-        """Connected, nothing under way, and no flush scheduled."""
         self._was_alone = True
         self._timer: asyncio.TimerHandle | None = None
 
@@ -102,14 +137,17 @@ class Lane:
 
     def submit(self, operation: bytes) -> asyncio.Future[Any]:
         """The future of the operation's result."""
-        future = self._loop.create_future()
-        self._waiting.append((operation, future, self._now()))
+        future = self._make_future()
+        waiting = self._waiting
+        waiting.operations.append(operation)
+        waiting.futures.append(future)
+        waiting.called_at.append(self._now())
         if self._is_idle:
             self._is_idle = False
             if self._was_alone:
                 self._flush()
             else:
-                # The last request carried several operations: let every task that is ready now add its own.
+                # The last request carried several operations: let every task that is ready add its own.
                 self._loop.call_soon(self._flush)
         elif self._connection is None:
             self._arm()
@@ -121,42 +159,35 @@ class Lane:
         self._connection = connection
         if self._under_way:
             self._send(is_resend=self._was_sent)
-        elif self._waiting:
-            self._flush()
         else:
-            self._is_idle = True
+            self._flush()
 
     def disconnected(self) -> None:
         self._connection = None
         self._is_idle = False
 
-    def answered(self, number: int, results: Iterable[Result | FsmRayError]) -> None:
+    def answered(self, number: int, results: Sequence[Result | FsmRayError]) -> None:
         """Hand out the results of the request under way."""
-        if number != self._number or not self._under_way:
+        futures = self._under_way.futures
+        if number != self._number or not futures:
             return  # its operations were given up when their time was over
-        under_way, self._under_way = self._under_way, []
-        self._was_alone = len(under_way) == 1
-        for (_, future, _), result in zip(under_way, results, strict=True):
+        self._under_way = _empty()
+        self._was_alone = len(futures) == 1
+        for future, result in zip(futures, results, strict=True):
             if future.done():
                 continue  # cancelled by its caller
-            if type(result) is dict:
-                future.set_exception(protocol.decode_error(result))
-            elif isinstance(result, FsmRayError):
-                future.set_exception(result)
-            else:
+            if type(result) in GOOD_RESULTS:
                 future.set_result(result)
-        if self._waiting:
-            self._flush()
-        else:
-            self._is_idle = True
+            else:
+                future.set_exception(protocol.error_of(result))
+        self._flush()
 
     def fail(self, error: Callable[[], FsmRayError]) -> None:
         """Give every operation this error: there is no sense in waiting on."""
-        waiting, self._waiting = self._under_way + self._waiting, []
-        self._under_way = []
-        for _, future, _ in waiting:
-            if not future.done():
-                future.set_exception(error())
+        loads = self._under_way, self._waiting
+        self._under_way, self._waiting = _empty(), _empty()
+        for load in loads:
+            load.fail(error)
 
     def close(self) -> None:
         self.disconnected()
@@ -165,12 +196,16 @@ class Lane:
             self._timer = None
 
     def _flush(self) -> None:
+        """Send what waits, unless a request is under way."""
         if self._connection is None or self._under_way:
             return
         if not self._waiting:
             self._is_idle = True
             return
-        self._under_way, self._waiting = _cut(self._waiting)
+        if len(self._waiting) == 1 or _fits(self._waiting):
+            self._under_way, self._waiting = self._waiting, _empty()
+        else:
+            self._under_way = self._waiting.take(_fitting(self._waiting))
         self._number += 1
         self._was_sent = False
         self._send(is_resend=False)
@@ -180,7 +215,7 @@ class Lane:
     def _send(self, *, is_resend: bool) -> None:
         if self._connection is None:
             return
-        operations = [operation for operation, _, _ in self._under_way]
+        operations = self._under_way.operations
         self._was_sent = True
         if self._kind == READ:
             request = protocol.read_request(self._number, operations)
@@ -191,44 +226,34 @@ class Lane:
     # One timer for all operations: it looks at the oldest ones, and comes back when the next may be due.
 
     def _arm(self) -> None:
-        if self._timer is None:
-            oldest = self._under_way or self._waiting
-            if oldest:
-                self._timer = self._loop.call_at(oldest[0][2] + self._timeout_s, self._expire)
+        oldest = self._under_way.called_at or self._waiting.called_at
+        if self._timer is None and oldest:
+            self._timer = self._loop.call_at(oldest[0] + self._timeout_s, self._expire)
 
     def _expire(self) -> None:
         self._timer = None
         horizon = self._now() - self._timeout_s
-        if self._under_way and self._under_way[0][2] <= horizon:
+        if self._under_way and self._under_way.called_at[0] <= horizon:
             # Later ones of this request are given up with the first: a request has one outcome.
-            under_way, self._under_way = self._under_way, []
             outcome_unknown = self._kind == WRITE and self._was_sent
-            for _, future, _ in under_way:
-                if not future.done():
-                    future.set_exception(self._too_late(outcome_unknown=outcome_unknown))
-        overdue = 0
-        while overdue < len(self._waiting) and self._waiting[overdue][2] <= horizon:
-            future = self._waiting[overdue][1]
-            if not future.done():
-                future.set_exception(self._too_late(outcome_unknown=False))
-            overdue += 1
-        del self._waiting[:overdue]
-        if not self._under_way and self._connection is not None and not self._is_idle:
+            self._under_way.fail(lambda: self._too_late(outcome_unknown=outcome_unknown))
+            self._under_way = _empty()
+        overdue = bisect.bisect_right(self._waiting.called_at, horizon)
+        self._waiting.take(overdue).fail(lambda: self._too_late(outcome_unknown=False))
+        if not self._is_idle:
             self._flush()
         self._arm()
 
 
-def _cut(waiting: list[Waiter]) -> tuple[list[Waiter], list[Waiter]]:
-    """What fits into one request, and the rest."""
-    if len(waiting) <= MAX_OPERATIONS and sum([len(w[0]) for w in waiting]) < MAX_FRAME_BYTES // 2:
-        return waiting, []
-    size = count = 0
-    for operation, _, _ in waiting[:MAX_OPERATIONS]:
-        size += len(operation)
-        if count and size >= MAX_FRAME_BYTES // 2:
-            break
-        count += 1
-    return waiting[:count], waiting[count:]
+def _fits(load: Load) -> bool:
+    """Whether the load can travel in one request."""
+    return len(load) <= MAX_OPERATIONS and sum(map(len, load.operations)) <= _MAX_REQUEST_BYTES
+
+
+def _fitting(load: Load) -> int:
+    """How many of the load's first operations can travel in one request."""
+    sizes = itertools.accumulate(map(len, load.operations[:MAX_OPERATIONS]))
+    return max(1, sum(size <= _MAX_REQUEST_BYTES for size in sizes))
 
 
 class Shard:
@@ -355,16 +380,18 @@ class LoopBot:
             Shard(directory, route, shard, timeout_s, on_gone, by_socket=by_socket)
             for shard in range(route.options.shards)
         ]
+        self._reads = [shard.reads.submit for shard in self._shards]
+        self._writes = [shard.writes.submit for shard in self._shards]
 
     def read(self, addressed: Addressed) -> asyncio.Future[Any]:
         """The future of the operation's result, from the shard that has the key."""
         shard, operation = addressed
-        return self._shards[shard].reads.submit(operation)
+        return self._reads[shard](operation)
 
     def write(self, addressed: Addressed) -> asyncio.Future[Any]:
         """As `read`, for an operation that writes."""
         shard, operation = addressed
-        return self._shards[shard].writes.submit(operation)
+        return self._writes[shard](operation)
 
     def close(self, error: Callable[[], FsmRayError]) -> None:
         """End the connections; operations that wait get this error."""

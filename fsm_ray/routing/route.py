@@ -49,7 +49,7 @@ class Route:
 
     def get_record(self, key: Hashable) -> Addressed:
         encoded = encode_key(key)
-        return self._shard_of(encoded), protocol.get_record(encoded)
+        return self.shard_of(encoded), protocol.get_record(encoded)
 
     def set_record(self, key: Hashable, state: State, expected_version: int | None) -> Addressed:
         if not isinstance(state, State):
@@ -60,26 +60,30 @@ class Route:
             )
         encoded = encode_key(key)
         data = encode_data(state.data, allow_pickle=self._allow_pickle)
-        operation = protocol.set_record(encoded, state.flow, state.state, data, _checked(expected_version))
-        return self._shard_of(encoded), self._bounded(operation)
+        _check_version(expected_version)
+        return self._write(
+            encoded, protocol.set_record(encoded, state.flow, state.state, data, expected_version)
+        )
 
     def set_data(self, key: Hashable, data: Mapping[str, Any], expected_version: int | None) -> Addressed:
         encoded = encode_key(key)
         values = encode_data(data, allow_pickle=self._allow_pickle)
-        operation = protocol.set_data(encoded, values, _checked(expected_version))
-        return self._shard_of(encoded), self._bounded(operation)
+        _check_version(expected_version)
+        return self._write(encoded, protocol.set_data(encoded, values, expected_version))
 
     def update_data(
         self, key: Hashable, changes: Mapping[str, Any], expected_version: int | None
     ) -> Addressed:
         encoded = encode_key(key)
         values = encode_data(changes, allow_pickle=self._allow_pickle)
-        operation = protocol.update_data(encoded, values, _checked(expected_version))
-        return self._shard_of(encoded), self._bounded(operation)
+        if expected_version is not None:
+            _check_version(expected_version)
+        return self._write(encoded, protocol.update_data(encoded, values, expected_version))
 
     def clear(self, key: Hashable, expected_version: int | None) -> Addressed:
         encoded = encode_key(key)
-        return self._shard_of(encoded), protocol.clear(encoded, _checked(expected_version))
+        _check_version(expected_version)
+        return self._write(encoded, protocol.clear(encoded, expected_version))
 
     def check_options(self, options: BotOptions) -> None:
         """Refuse a shard of other options: the bot was dropped and made again since this route was."""
@@ -104,10 +108,11 @@ class Route:
             f"{what}; nothing was changed, a retry is safe", bot=self.bot_name, timeout_s=timeout_s
         )
 
-    def _shard_of(self, key: bytes) -> int:
+    def shard_of(self, key: bytes) -> int:
+        """The shard that has this encoded key."""
         return 0 if self._shards == 1 else slot_of(key) * self._shards // SLOTS
 
-    def _bounded(self, operation: bytes) -> bytes:
+    def _write(self, key: bytes, operation: bytes) -> Addressed:
         # The shard has the exact check; this one keeps what cannot fit off the channel.
         if len(operation) > self._max_record_bytes:
             raise RecordTooLarge(
@@ -118,12 +123,12 @@ class Route:
                 size_bytes=len(operation),
                 max_record_bytes=self._max_record_bytes,
             )
-        return operation
+        return self.shard_of(key), operation
 
 
-def _checked(expected_version: int | None) -> int | None:
+def _check_version(expected_version: int | None) -> None:
     if expected_version is None or (type(expected_version) is int and 0 <= expected_version < 1 << 63):
-        return expected_version
+        return
     raise InvalidInput(
         "expected_version is the version of a State that was read, or 0 for no record; "
         f"not {expected_version!r}"

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import msgspec
 
-@dataclass(frozen=True, slots=True)
-class Answered:
+
+class Answered(msgspec.Struct, frozen=True, gc=False):
     """The last write request of a session, and the reply to it."""
 
     number: int
@@ -23,8 +24,7 @@ class Answered:
     """Wall clock of the answer, in seconds since 1970."""
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(msgspec.Struct, frozen=True):
     """What one commit changes. All of it is kept, or nothing."""
 
     version: int
