@@ -17,7 +17,11 @@
 #   actor             a namespace as a Ray named actor: name, lifetime, restart, credentials
 #   routing           (bot_name, key) -> shard -> connection; reconnects and sends again
 #   storage           Storage and AsyncStorage
-#   adapters testing cli bench demo
+#   adapters.aiogram  RayStorage for aiogram
+#   testing           conformance kits, as pytest classes
+#   bench             fsm_ray and what one would use instead, side by side
+#   demo              real bot workers on a file of Telegram updates
+#   cli               the fsm-ray command
 
 from __future__ import annotations
 

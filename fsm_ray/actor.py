@@ -91,10 +91,10 @@ class NamespaceActor:
     async def exchange(self, request: bytes) -> bytes:
         """One frame in, its reply out: the channel's fallback, over a Ray call."""
         namespace = await self._opened()
-        reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        namespace.handle(memoryview(request)[4:], reply.set_result)
+        committed: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        reply = namespace.handle(memoryview(request)[4:], committed.set_result)
         # Shielded: the commit answers even when the caller has given up.
-        return await asyncio.shield(reply)
+        return await asyncio.shield(committed) if reply is None else reply
 
     async def describe(self) -> ShardDescription:
         return ShardDescription(
@@ -203,15 +203,30 @@ def running_options(bot_name: str, timeout_s: float) -> BotOptions:
     return options
 
 
+def describe_shards(bot_name: str, shards: int, timeout_s: float) -> list[ShardDescription]:
+    """What each shard says of itself. Raises UnknownBot or NamespaceUnavailable."""
+    calls: list[Any] = [find_shard(bot_name, shard).describe.remote() for shard in range(shards)]
+    return [call(each, bot_name, timeout_s) for each in calls]
+
+
 def kill_shards(bot_name: str, timeout_s: float) -> None:
-    """End the bot's actors, the first one last, so that an interrupted call can be repeated."""
-    options = running_options(bot_name, timeout_s)
-    for shard in reversed(range(options.shards)):
-        try:
-            actor = find_shard(bot_name, shard)
-        except NamespaceUnavailable:
-            continue
-        call(actor.stop.remote(), bot_name, timeout_s)
+    """End the bot's actors, the first one last, so that an interrupted call can be repeated.
+
+    Raises:
+        UnknownBot: it has none.
+    """
+    names = [
+        actor["name"]
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["namespace"] == RAY_NAMESPACE and actor["name"].rpartition("/")[0] == bot_name
+    ]
+    if not names:
+        find_shard(bot_name, 0)
+    for name in sorted(names, key=lambda name: int(name.rpartition("/")[2]), reverse=True):
+        actor = ray.get_actor(name, namespace=RAY_NAMESPACE)
+        # One that does not answer any more cannot remove its socket, and is killed all the same.
+        with contextlib.suppress(NamespaceUnavailable):
+            call(actor.stop.remote(), bot_name, timeout_s)
         ray.kill(actor, no_restart=True)
 
 
@@ -219,7 +234,7 @@ def call(reference: Any, bot_name: str, timeout_s: float) -> Any:
     """What the actor's method returned.
 
     Raises:
-        NamespaceUnavailable: it did not answer within `timeout_s`, or is just being restarted.
+        NamespaceUnavailable: it did not answer within `timeout_s`, or is being restarted.
         FsmRayError: whatever of ours the method raised.
     """
     try:
@@ -230,7 +245,7 @@ def call(reference: Any, bot_name: str, timeout_s: float) -> Any:
         raise
     except RayError as error:
         raise NamespaceUnavailable(
-            f"bot {bot_name!r} did not answer a Ray call within {timeout_s} s: {error}",
+            f"bot {bot_name!r} does not answer a Ray call: {error}",
             bot=bot_name,
             timeout_s=timeout_s,
         ) from error

@@ -17,7 +17,20 @@ import msgspec
 from fsm_ray import protocol, record
 from fsm_ray.errors import FsmRayError, RecordTooLarge, VersionConflict
 from fsm_ray.options import BotOptions
-from fsm_ray.protocol import Clear, ReadRequest, SetData, SetRecord, UpdateData, WriteRequest
+from fsm_ray.protocol import (
+    NIL,
+    READ_CONTENT,
+    READ_RECORD,
+    WRITE,
+    Clear,
+    ReadContent,
+    SetData,
+    SetRecord,
+    UpdateData,
+    WriteRequest,
+    decode_request,
+    reply,
+)
 from fsm_ray.record import Packer
 from fsm_ray.sessions import Sessions
 from fsm_ray.stores.base import Answered, Batch, Contents, Store
@@ -39,6 +52,10 @@ class NamespaceStatistics:
     version: int
 
 
+_ABSENT = b""
+"""What is found where there is no record: unlike None, which is a record that is being cleared."""
+
+
 class MalformedRequest(Exception):
     """Raised when bytes from a client are no request; it never leaves the actor: the connection is closed."""
 
@@ -57,44 +74,58 @@ class Namespace:
         self._bot_name = bot_name
         self._max_record_bytes = options.max_record_bytes
         self._store = store
+        self._is_durable = store.is_durable
         self._packer = Packer()
-        self._records = {key: self._packer.pack_blob(blob) for key, blob in contents.records.items()}
+        self._content = self._packer.content
+        self._records: dict[bytes, bytes | None] = {
+            key: self._packer.pack_blob(blob) for key, blob in contents.records.items()
+        }
         self._version = contents.version
         self._sessions = Sessions(contents.sessions, clock)
         self._clock = clock
+        self._operations = 0
         self._waiting: list[tuple[WriteRequest, Answer]] = []
         self._commit: asyncio.Future[None] | None = None
-        # What the commit that is being put together, or is under way, changes.
-        self._overlay: dict[bytes, bytes | None] = {}
+        # What the commit that is being put together, or is under way, changes. Cleared records are None until
+        # they are removed, which is before anybody can read them.
+        self._overlay = {} if self._is_durable else self._records
         self._cleared: set[bytes] = set()
-        self._answered: dict[bytes, Answered] = {}
-        self._operations = 0
-        self._apply: dict[type, Callable[..., bytes]] = {
+        self._answered: dict[bytes, Answered] = {} if self._is_durable else self._sessions.answered
+        self._methods: dict[type, Callable[..., bytes]] = {
             SetRecord: self._set_record,
             SetData: self._set_data,
             UpdateData: self._update_data,
             Clear: self._clear,
         }
 
-    def handle(self, body: bytes | memoryview, answer: Answer) -> None:
-        """Take one request. The answer is called once, now or when the request is committed.
+    def handle(self, body: bytes | memoryview, answer: Answer) -> bytes | None:
+        """Take one request, and return its reply; or None, and call `answer` with it when it is committed.
 
         Raises:
             MalformedRequest: the bytes are no request; nothing of it was evaluated.
         """
         try:
-            request = protocol.decode_request(body)
+            request = decode_request(body)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise MalformedRequest(str(error)) from error
-        if type(request) is ReadRequest:
-            self._operations += len(request.keys)
-            get, blob, nil = self._records.get, self._packer.blob, protocol.NIL
-            results = [nil if (packed := get(key)) is None else blob(packed) for key in request.keys]
-            answer(protocol.reply(protocol.READ, request.number, results))
-        else:
+        if type(request) is WriteRequest:
+            if not self._is_durable:
+                return self._apply(request)
             self._waiting.append((request, answer))
             if self._commit is None:
                 self._commit_waiting()
+            return None
+        self._operations += len(request.keys)
+        get, results = self._records.get, []
+        if type(request) is ReadContent:
+            for key in request.keys:
+                packed = get(key)
+                results.append(NIL if packed is None else self._content(packed))
+            return reply(READ_CONTENT, request.number, results)
+        for key in request.keys:
+            packed = get(key)
+            results.append(NIL if packed is None else self._packer.blob(packed))
+        return reply(READ_RECORD, request.number, results)
 
     def statistics(self) -> NamespaceStatistics:
         return NamespaceStatistics(
@@ -104,67 +135,65 @@ class Namespace:
             version=self._version,
         )
 
-    # The way of a write: evaluate all that wait, commit, publish, answer; again with what came meanwhile.
+    def _apply(self, request: WriteRequest) -> bytes:
+        """The way of a write in memory alone: there is nothing to commit, the overlay is the records."""
+        answer = self._evaluate(request)
+        if self._cleared:
+            self._remove_cleared()
+        return answer
+
+    # The way of a write to a store: evaluate all that wait into an overlay, commit it, publish it, answer;
+    # then again with what came meanwhile.
 
     def _commit_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
         self._overlay = {}
         self._answered = {}
         answers = [(answer, self._evaluate(request)) for request, answer in waiting]
-        commit = self._store.commit(self._batch()) if self._store.is_durable else None
-        if commit is None:
-            self._publish(answers)
-        else:
-            self._commit = commit
-            commit.add_done_callback(lambda done: self._committed(done, answers))
-
-    def _batch(self) -> Batch:
         blob = self._packer.blob
         records = {key: packed and blob(packed) for key, packed in self._overlay.items()}
-        return Batch(self._version, records, self._answered)
+        self._commit = self._store.commit(Batch(self._version, records, self._answered))
+        self._commit.add_done_callback(lambda commit: self._committed(commit, answers))
 
     def _committed(self, commit: asyncio.Future[None], answers: list[tuple[Answer, bytes]]) -> None:
         commit.result()
         self._commit = None
-        self._publish(answers)
+        self._records.update(self._overlay)
+        self._remove_cleared()
+        self._sessions.remember(self._answered)
+        for answer, answered in answers:
+            answer(answered)
         if self._waiting:
             self._commit_waiting()
 
-    def _publish(self, answers: list[tuple[Answer, bytes]]) -> None:
+    def _remove_cleared(self) -> None:
         for key in self._cleared:
-            if self._overlay[key] is None:
-                del self._overlay[key]
-                self._records.pop(key, None)
+            if self._records.get(key, _ABSENT) is None:
+                del self._records[key]
         self._cleared.clear()
-        self._records.update(self._overlay)  # type: ignore[arg-type]  # no None is left in it
-        self._sessions.remember(self._answered)
-        for answer, reply in answers:
-            answer(reply)
 
     def _evaluate(self, request: WriteRequest) -> bytes:
         """The reply to one request; its effect goes to the overlay."""
         try:
-            reply = self._sessions.recall(
-                request.session, request.number, is_resend=request.is_resend, uncommitted=self._answered
-            )
+            known = self._sessions.recall(request.session, request.number, request.is_resend, self._answered)
         except FsmRayError as error:
             refusal = protocol.encode_error(error)
-            return protocol.reply(protocol.WRITE, request.number, [refusal] * len(request.operations))
-        if reply is None:
-            self._operations += len(request.operations)
-            results = [self._result(operation) for operation in request.operations]
-            reply = protocol.reply(protocol.WRITE, request.number, results)
-            self._answered[request.session] = Answered(request.number, reply, self._clock())
-        return reply
-
-    def _result(self, operation: protocol.Write) -> bytes:
-        """Apply one operation, or say why not; a failed one leaves the others of its batch alone."""
-        try:
-            if operation.expected_version is not None:
-                self._check_version(operation.key, operation.expected_version)
-            return self._apply[type(operation)](operation)
-        except FsmRayError as error:
-            return protocol.encode_error(error, operation.key)
+            return reply(WRITE, request.number, [refusal] * len(request.operations))
+        if known is not None:
+            return known
+        self._operations += len(request.operations)
+        results = []
+        for operation in request.operations:
+            try:
+                if operation.expected_version is not None:
+                    self._check_version(operation.key, operation.expected_version)
+                results.append(self._methods[type(operation)](operation))
+            except FsmRayError as error:
+                # A failed operation leaves the others of its batch alone.
+                results.append(protocol.encode_error(error, operation.key))
+        answer = reply(WRITE, request.number, results)
+        self._answered[request.session] = Answered(request.number, answer, self._clock())
+        return answer
 
     def _set_record(self, operation: SetRecord) -> bytes:
         version = self._version + 1
@@ -177,10 +206,11 @@ class Namespace:
         return protocol.encode_result(version)
 
     def _update_data(self, operation: UpdateData) -> bytes:
-        key = operation.key
-        packed = self._packer.merge(self._current(key), operation.changes, self._version + 1)
+        key, overlay = operation.key, self._overlay
+        packed = overlay[key] if key in overlay else self._records.get(key)
+        packed, content = self._packer.merge(packed, operation.changes, self._version + 1)
         self._put(key, packed)
-        return self._packer.blob(packed)
+        return content
 
     def _clear(self, operation: Clear) -> bytes:
         was_there = self._current(operation.key) is not None

@@ -3,17 +3,18 @@
 Everything is msgpack. A client encodes each operation when it is called and joins those that wait into one
 request, so the writers here build bytes; the structs are what the other side decodes.
 
-    read request    [0, number, [key, ...]]
-    write request   [1, number, session, is_resend, [operation, ...]]
-    reply           [0 or 1, number, [result, ...]]     one result for each operation, in order
+    write request   [0, number, session, is_resend, [operation, ...]]
+    read request    [1 or 2, number, [key, ...]]
+    reply           [kind of the request, number, [result, ...]]    one for each operation, in order
 
-A result is a record, a number (the new version), a bool, nil, or a map that describes an error.
+Reads of kind 1 ask for contents, data and version; those of kind 2 for whole records. A result is what was
+asked for, a number (the new version), a bool, nil, or a map that describes an error.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -34,8 +35,9 @@ MAX_REPLY_BYTES = (1 << 32) - 1
 MAX_OPERATIONS = 1024
 """The most operations that travel in one request."""
 
-READ = 0
-WRITE = 1
+WRITE = 0
+READ_CONTENT = 1
+READ_RECORD = 2
 
 SET_RECORD = 0
 SET_DATA = 1
@@ -44,7 +46,10 @@ CLEAR = 3
 
 NIL = b"\xc0"
 
-_BIN8 = tuple(b"\xc4" + bytes([length]) for length in range(256))
+_HEADS = (b"\x93\x00\xcf", b"\x93\x01\xcf", b"\x93\x02\xcf")
+"""An array of three, its first the kind, its second an integer of eight bytes."""
+
+BIN8 = tuple(b"\xc4" + bytes([length]) for length in range(256))
 """The msgpack head of a byte string of this length."""
 
 
@@ -67,7 +72,7 @@ class SetData(msgspec.Struct, array_like=True, tag=SET_DATA, gc=False):
 
 
 class UpdateData(msgspec.Struct, array_like=True, tag=UPDATE_DATA, gc=False):
-    """Merge changes into the data. Answer: the record as it is now."""
+    """Merge changes into the data. Answer: the content as it is now."""
 
     key: bytes
     changes: dict[str, msgspec.Raw]
@@ -84,16 +89,21 @@ class Clear(msgspec.Struct, array_like=True, tag=CLEAR, gc=False):
 Write = SetRecord | SetData | UpdateData | Clear
 
 
-class ReadRequest(msgspec.Struct, array_like=True, tag=READ, gc=False):
-    number: int
-    keys: list[bytes]
-
-
 class WriteRequest(msgspec.Struct, array_like=True, tag=WRITE, gc=False):
     number: int
     session: bytes
     is_resend: bool
     operations: list[Write]
+
+
+class ReadContent(msgspec.Struct, array_like=True, tag=READ_CONTENT, gc=False):
+    number: int
+    keys: list[bytes]
+
+
+class ReadRecord(msgspec.Struct, array_like=True, tag=READ_RECORD, gc=False):
+    number: int
+    keys: list[bytes]
 
 
 class ContentView(msgspec.Struct, array_like=True, gc=False):
@@ -111,33 +121,34 @@ class RecordView(msgspec.Struct, array_like=True, gc=False):
     content: ContentView
 
 
-Result = RecordView | bool | int | dict[str, Any] | None
+Error = dict[str, Any]
+"""An error as it travels; see `encode_error`."""
 
-GOOD_RESULTS = frozenset({RecordView, bool, int, type(None)})
+Result = ContentView | RecordView | bool | int | Error | None
+
+GOOD_RESULTS = frozenset({ContentView, RecordView, bool, int, type(None)})
 """What a result is when the operation did not fail."""
 
+_WriteResult = ContentView | bool | int | Error | None
+_ContentResult = ContentView | Error | None
+_RecordResult = RecordView | Error | None
 
-class Reply(msgspec.Struct, array_like=True, gc=False):
-    lane: int
-    number: int
-    results: list[Result]
-
-
-class _UndecodedReply(msgspec.Struct, array_like=True, gc=False):
-    lane: int
-    number: int
-    results: list[msgspec.Raw]
-
+_REPLIES: dict[int, tuple[Any, Any]] = {
+    WRITE: (tuple[int, int, list[_WriteResult]], _WriteResult),
+    READ_CONTENT: (tuple[int, int, list[_ContentResult]], _ContentResult),
+    READ_RECORD: (tuple[int, int, list[_RecordResult]], _RecordResult),
+}
+"""Kind of a request -> what its reply is, and what one result in it is."""
 
 _encode = msgspec.msgpack.Encoder().encode
 
-decode_request = msgspec.msgpack.Decoder(ReadRequest | WriteRequest).decode
+decode_request = msgspec.msgpack.Decoder(WriteRequest | ReadContent | ReadRecord).decode
 
 
-def get_record(key: bytes) -> bytes:
+def read(key: bytes) -> bytes:
     """An operation of a read request. `key`, here and below, is an encoded one."""
     length = len(key)
-    return _BIN8[length] + key if length < len(_BIN8) else _encode(key)
+    return BIN8[length] + key if length < len(BIN8) else _encode(key)
 
 
 def set_record(
@@ -153,9 +164,9 @@ def set_data(key: bytes, data: bytes, expected_version: int | None) -> bytes:
 
 def update_data(key: bytes, changes: bytes, expected_version: int | None) -> bytes:
     length = len(key)
-    if expected_version is None and length < len(_BIN8):
+    if expected_version is None and length < len(BIN8):
         # What the line below makes, in a third of the time.
-        return b"\x93\x02" + _BIN8[length] + key + changes
+        return b"\x93\x02" + BIN8[length] + key + changes
     return _encode((UPDATE_DATA, key, msgspec.Raw(changes), expected_version))
 
 
@@ -163,28 +174,36 @@ def clear(key: bytes, expected_version: int | None) -> bytes:
     return _encode((CLEAR, key, expected_version))
 
 
-def read_request(number: int, operations: Sequence[bytes]) -> bytes:
-    """A whole frame, its length in front, of operations that are encoded already."""
-    return _frame(b"\x93\x00" + _encode(number), operations)
-
-
 def write_request(number: int, operations: Sequence[bytes], session: bytes, *, is_resend: bool) -> bytes:
-    """As `read_request`, for operations that write."""
-    return _frame(b"\x95\x01" + _encode(number) + _encode(session) + _encode(is_resend), operations)
+    """A whole frame, its length in front, of operations that are encoded already."""
+    body = b"".join(
+        (
+            b"\x95\x00\xcf",
+            number.to_bytes(8, "big"),
+            b"\xc4\x10",
+            session,
+            b"\xc3\xdd" if is_resend else b"\xc2\xdd",
+            len(operations).to_bytes(4, "big"),
+            *operations,
+        )
+    )
+    return len(body).to_bytes(4, "little") + body
 
 
-def reply(lane: int, number: int, results: Sequence[bytes]) -> bytes:
+def reply(kind: int, number: int, results: Sequence[bytes]) -> bytes:
     """A whole frame of results that are encoded already."""
-    return _frame((b"\x93\x00" if lane == READ else b"\x93\x01") + _encode(number), results)
+    body = b"".join(
+        (_HEADS[kind], number.to_bytes(8, "big"), b"\xdd", len(results).to_bytes(4, "big"), *results)
+    )
+    return len(body).to_bytes(4, "little") + body
+
+
+read_request = reply
+"""A request of reads, `(kind, number, operations)`, has the form of a reply."""
 
 
 def frame(body: bytes) -> bytes:
     """The body with its length in front, as it travels on a socket."""
-    return len(body).to_bytes(4, "little") + body
-
-
-def _frame(head: bytes, parts: Sequence[bytes]) -> bytes:
-    body = b"".join((head, b"\xdd", len(parts).to_bytes(4, "big"), *parts))
     return len(body).to_bytes(4, "little") + body
 
 
@@ -228,27 +247,28 @@ class ReplyDecoder:
     """
 
     def __init__(self, extension_hook: Callable[[int, memoryview], Any]) -> None:
-        self._decode = msgspec.msgpack.Decoder(Reply, ext_hook=extension_hook).decode
-        self._decode_result = msgspec.msgpack.Decoder(Result, ext_hook=extension_hook).decode
-        self._decode_undecoded = msgspec.msgpack.Decoder(_UndecodedReply).decode
+        def decoders(types: Iterable[Any]) -> list[Callable[[bytes | memoryview], Any]]:
+            return [msgspec.msgpack.Decoder(each, ext_hook=extension_hook).decode for each in types]
+
+        self._decode = decoders(reply for _, (reply, _) in sorted(_REPLIES.items()))
+        self._decode_result = decoders(result for _, (_, result) in sorted(_REPLIES.items()))
+        self._decode_raw = msgspec.msgpack.Decoder(tuple[int, int, list[msgspec.Raw]]).decode
 
     def decode(self, body: bytes | memoryview) -> tuple[int, int, Sequence[Result | FsmRayError]]:
-        """Lane, number and results; errors of the shard are results here too, not raised."""
+        """Kind, number and results; errors of the shard are results here too, not raised."""
+        kind = body[1]
         try:
-            whole = self._decode(body)
-        except (FsmRayError, msgspec.ValidationError):
-            undecoded = self._decode_undecoded(body)
-            return undecoded.lane, undecoded.number, [self._one(result) for result in undecoded.results]
-        return whole.lane, whole.number, whole.results
+            whole: tuple[int, int, list[Result | FsmRayError]] = self._decode[kind](body)
+        except (FsmRayError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            _, number, results = self._decode_raw(body)
+            return kind, number, [self._one(kind, result) for result in results]
+        return whole
 
-    def _one(self, encoded: msgspec.Raw) -> Result | FsmRayError:
+    def _one(self, kind: int, encoded: msgspec.Raw) -> Result | FsmRayError:
         try:
-            result: Result = self._decode_result(encoded)
+            result: Result = self._decode_result[kind](encoded)
         except FsmRayError as error:
             return error
-        except msgspec.ValidationError as error:
-            # msgspec wraps what an extension hook raises in its own error.
-            if isinstance(error.__cause__, FsmRayError):
-                return error.__cause__
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             return errors.ValueNotDecodable(f"a stored value cannot be decoded here: {error}")
         return result

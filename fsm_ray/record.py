@@ -61,14 +61,20 @@ class Packer:
             return self.pack(None, None, data, version)
         return packed[: _head_end(packed)] + _encode((data, version))
 
-    def merge(self, packed: bytes | None, changes: Data, version: int) -> bytes:
-        """The record with changes merged into its data, field by field, the new value winning."""
+    def merge(self, packed: bytes | None, changes: Data, version: int) -> tuple[bytes, bytes]:
+        """The record with changes merged into its data, field by field, and its content alone."""
         if packed is None:
-            return self.pack(None, None, changes, version)
-        end = _head_end(packed)
+            packed = self.pack(None, None, changes, version)
+            return packed, self.content(packed)
+        end = 2 if packed[0] or packed[1] else _head_end(packed)
         data = _decode_content(packed[end:]).data
         data.update(changes)
-        return packed[:end] + _encode((data, version))
+        content = _encode((data, version))
+        return packed[:end] + content, content
+
+    def content(self, packed: bytes) -> bytes:
+        """The record's encoded Content, for readers that want no more."""
+        return packed[2:] if packed[0] or packed[1] else packed[_head_end(packed) :]
 
     def blob(self, packed: bytes) -> bytes:
         """The record as stores and readers get it."""

@@ -6,7 +6,6 @@ last number and its reply are all that a shard must remember.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
 from fsm_ray.errors import OutcomeUnknown, Overloaded
@@ -20,18 +19,26 @@ MAX_SESSIONS = 65_536
 
 
 class Sessions:
-    """The sessions of one shard, least recently used first."""
+    """The sessions of one shard.
+
+    `answered` holds the last answer of each. Where there is nothing to commit, it is written to directly.
+    """
 
     def __init__(self, answered: Mapping[bytes, Answered], clock: Callable[[], float]) -> None:
-        self._answered = OrderedDict(sorted(answered.items(), key=lambda item: item[1].at_s))
+        self.answered = dict(answered)
         self._clock = clock
         self._has_forgotten = bool(answered)
+        self._look_again_s = 0.0
 
     def __len__(self) -> int:
-        return len(self._answered)
+        return len(self.answered)
 
     def recall(
-        self, session: bytes, number: int, *, is_resend: bool, uncommitted: Mapping[bytes, Answered]
+        self,
+        session: bytes,
+        number: int,
+        is_resend: bool,  # noqa: FBT001  # as it stands in the request
+        uncommitted: Mapping[bytes, Answered],
     ) -> bytes | None:
         """The reply that this request already got, or None when it is to be evaluated.
 
@@ -41,7 +48,7 @@ class Sessions:
             OutcomeUnknown: the request is older than what is remembered of its session.
             Overloaded: there is no room for a further session.
         """
-        last = uncommitted.get(session) or self._answered.get(session)
+        last = uncommitted.get(session) or self.answered.get(session)
         if last is None:
             # Number 1 of an unknown session was never evaluated: forgetting takes longer than any client
             # goes on resending.
@@ -59,19 +66,18 @@ class Sessions:
 
     def remember(self, answered: Mapping[bytes, Answered]) -> None:
         """Take over the answers of a commit."""
-        self._answered.update(answered)
-        for session in answered:
-            self._answered.move_to_end(session)
+        self.answered.update(answered)
 
     def _make_room(self) -> None:
-        horizon_s = self._clock() - SESSION_IDLE_S
-        while self._answered:
-            session, oldest = next(iter(self._answered.items()))
-            if oldest.at_s > horizon_s:
-                break
-            del self._answered[session]
-            self._has_forgotten = True
-        if len(self._answered) >= MAX_SESSIONS:
+        """Forget what is old, now and then; refuse when there are too many all the same."""
+        now_s = self._clock()
+        if now_s >= self._look_again_s or len(self.answered) >= MAX_SESSIONS:
+            self._look_again_s = now_s + SESSION_IDLE_S / 10
+            old = [each for each, last in self.answered.items() if last.at_s <= now_s - SESSION_IDLE_S]
+            for session in old:
+                del self.answered[session]
+            self._has_forgotten |= bool(old)
+        if len(self.answered) >= MAX_SESSIONS:
             raise Overloaded(
                 f"{MAX_SESSIONS} clients wrote to this shard within {SESSION_IDLE_S:.0f} s, more than it can "
                 "remember: retry later, and keep a storage open instead of making one for each write"

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from fsm_ray.errors import InvalidInput, StorageClosed
 from fsm_ray.options import BotOptions, check_bot_name, make_options
-from fsm_ray.protocol import RecordView
+from fsm_ray.protocol import ContentView, RecordView
 from fsm_ray.routing.blocking import BlockingBot
 from fsm_ray.routing.directory import BotDescription, Directory
 from fsm_ray.routing.lanes import LoopBot
@@ -116,7 +116,7 @@ class Storage(_Facade):
             NamespaceUnavailable: no answer within `timeout_s`.
         """
         bot = self._bot(bot_name)
-        return _to_state(bot.read(bot.route.get_record(key)))
+        return _to_state(bot.read_record(key))
 
     def set_state(
         self, bot_name: str, key: Hashable, state: State, *, expected_version: int | None = None
@@ -147,7 +147,8 @@ class Storage(_Facade):
             UnknownBot, InvalidKey, ValueNotDecodable, NamespaceUnavailable: as get_state.
         """
         bot = self._bot(bot_name)
-        return _to_data(bot.read(bot.route.get_record(key)))
+        content = bot.read_content(key)
+        return None if content is None else content.data
 
     def set_data(
         self, bot_name: str, key: Hashable, data: Mapping[str, Any], *, expected_version: int | None = None
@@ -177,8 +178,8 @@ class Storage(_Facade):
             NamespaceUnavailable, OutcomeUnknown: as set_state.
         """
         bot = self._bot(bot_name)
-        record: RecordView = bot.write(bot.route.update_data(key, changes, expected_version))
-        return record.content.data
+        content: ContentView = bot.write(bot.route.update_data(key, changes, expected_version))
+        return content.data
 
     def clear(self, bot_name: str, key: Hashable, *, expected_version: int | None = None) -> bool:
         """Remove flow, state and data. True if there was a record; without one, nothing happens.
@@ -265,7 +266,7 @@ class AsyncStorage(_Facade):
     async def get_state(self, bot_name: str, key: Hashable) -> State | None:
         """See `Storage.get_state`."""
         bot = self._bots().get(bot_name) or await self._resolve(bot_name)
-        return _to_state(await bot.read(bot.route.get_record(key)))
+        return _to_state(await bot.read_record(key))
 
     async def set_state(
         self, bot_name: str, key: Hashable, state: State, *, expected_version: int | None = None
@@ -278,7 +279,8 @@ class AsyncStorage(_Facade):
     async def get_data(self, bot_name: str, key: Hashable) -> dict[str, Any] | None:
         """See `Storage.get_data`."""
         bot = self._bots().get(bot_name) or await self._resolve(bot_name)
-        return _to_data(await bot.read(bot.route.get_record(key)))
+        content = await bot.read_content(key)
+        return None if content is None else content.data
 
     async def set_data(
         self, bot_name: str, key: Hashable, data: Mapping[str, Any], *, expected_version: int | None = None
@@ -293,8 +295,8 @@ class AsyncStorage(_Facade):
     ) -> dict[str, Any]:
         """See `Storage.update_data`."""
         bot = self._bots().get(bot_name) or await self._resolve(bot_name)
-        record: RecordView = await bot.write(bot.route.update_data(key, changes, expected_version))
-        return record.content.data
+        content: ContentView = await bot.write(bot.route.update_data(key, changes, expected_version))
+        return content.data
 
     async def clear(self, bot_name: str, key: Hashable, *, expected_version: int | None = None) -> bool:
         """See `Storage.clear`."""
@@ -381,10 +383,6 @@ def _to_state(record: RecordView | None) -> State | None:
     return State(
         flow=record.flow, state=record.state, data=record.content.data, version=record.content.version
     )
-
-
-def _to_data(record: RecordView | None) -> dict[str, Any] | None:
-    return None if record is None else record.content.data
 
 
 def _closed() -> StorageClosed:

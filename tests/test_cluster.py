@@ -153,7 +153,7 @@ def _is_missing(bot_name: str, shard: int) -> bool:
 
 
 def _shard_of(key: Any, shards: int) -> int:
-    shard, _ = Route("bot", BotOptions(shards=shards)).get_record(key)
+    shard, _ = Route("bot", BotOptions(shards=shards)).read(key)
     return shard
 
 
@@ -287,14 +287,14 @@ def test_a_storage_survives_a_fork(storage: Storage, bot_name: str) -> None:
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_process_that_would_need_ray_is_told_so(storage: Storage, bot_name: str) -> None:
     storage.init(bot_name)
-    with Storage(timeout_s=0.2) as fresh:
+    with Storage() as fresh:
         fresh._directory._attach()
         receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
 
         def child() -> None:
             try:
                 fresh.get_state(bot_name, KEY)
-            except NamespaceUnavailable as error:
+            except RayUnreachable as error:
                 sender.send(str(error))
 
         process = multiprocessing.get_context("fork").Process(target=child)
@@ -482,6 +482,26 @@ def test_a_killed_actor_comes_back_empty_says_so_and_serves_the_same_storage(
 
         assert used.get_state(bot_name, KEY) == State(state="after")
         assert storage.describe(bot_name).shards[0].restarted_empty
+
+
+def test_a_storage_that_comes_while_the_actor_restarts_waits_for_it(storage: Storage, bot_name: str) -> None:
+    storage.init(bot_name)
+    os.kill(pid_of(storage, bot_name), signal.SIGKILL)
+
+    with Storage(timeout_s=30) as fresh:
+        assert fresh.get_state(bot_name, KEY) is None
+        assert fresh.describe(bot_name).shards[0].restarted_empty
+
+
+def test_drop_ends_what_is_left_of_a_bot(storage: Storage, bot_name: str) -> None:
+    storage.init(bot_name, shards=3)
+    ray.kill(find_shard(bot_name, 0), no_restart=True)
+    eventually(lambda: _is_missing(bot_name, 0), "the first shard is gone")
+
+    storage.drop(bot_name)
+
+    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+    assert not [name for name in names if name.startswith(f"{bot_name}/")]
 
 
 @pytest.mark.parametrize("transport", ["auto", "ray"])

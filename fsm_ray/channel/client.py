@@ -43,10 +43,10 @@ class ClientConnection(FrameProtocol):
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
 
-    def send(self, request: bytes) -> None:
-        """Send one frame; after the end of the connection it goes nowhere."""
-        if self._transport is not None:
-            self._transport.write(request)
+    @property
+    def send(self) -> Callable[[bytes], None]:
+        """Sends one frame; after the end of the connection it goes nowhere."""
+        return _nowhere if self._transport is None else self._transport.write
 
     def close(self) -> None:
         """End the connection without `on_lost`."""
@@ -191,5 +191,7 @@ class BlockingConnection:
             raise HandshakeFailed("the shard does not know its secret")
 
 
-def _nothing() -> None:
-    pass
+def _nothing() -> None: ...
+
+
+def _nowhere(_request: bytes) -> None: ...

@@ -35,9 +35,9 @@ class ServerConnection(FrameProtocol):
         super().__init__()
         self.max_frame_bytes = MAX_HANDSHAKE_BYTES
         self._server = server
+        self._handle = server.handle
         self._transport: asyncio.Transport | None = None
         self._challenge = handshake.challenge()
-        self._is_trusted = False
         self._patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -56,14 +56,10 @@ class ServerConnection(FrameProtocol):
         self._server.connections.discard(self)
 
     def frame_received(self, body: memoryview) -> None:
-        if self._transport is None:
-            return
+        # After the handshake, `_serve` takes the place of this method.
         try:
-            if self._is_trusted:
-                self._server.handle(body, self._answer)
-            else:
-                self._welcome(bytes(body))
-        except (MalformedRequest, HandshakeFailed) as error:
+            self._welcome(bytes(body))
+        except HandshakeFailed as error:
             self.malformed(error)
 
     def malformed(self, error: Exception) -> None:
@@ -89,9 +85,21 @@ class ServerConnection(FrameProtocol):
         proof = handshake.verify(self._server.secret, self._challenge, response)
         if self._transport is not None and self._patience is not None:
             self._patience.cancel()
-            self._is_trusted = True
+            self.frame_received = self._serve  # type: ignore[method-assign]
             self.max_frame_bytes = MAX_FRAME_BYTES
             self._transport.write(frame(proof))
+
+    def _serve(self, body: memoryview) -> None:
+        transport = self._transport
+        if transport is None:
+            return
+        try:
+            reply = self._handle(body, self._answer)
+        except MalformedRequest as error:
+            self.malformed(error)
+        else:
+            if reply is not None:
+                transport.write(reply)
 
     def _answer(self, reply: bytes) -> None:
         # The client may have gone while its write was committed; it will ask again, under the same number.
@@ -102,7 +110,8 @@ class ServerConnection(FrameProtocol):
 class Server:
     """Listens for the clients of one shard. A connection belongs to the loop that `listen_*` ran in."""
 
-    def __init__(self, handle: Callable[[bytes | memoryview, Answer], None]) -> None:
+    def __init__(self, handle: Callable[[bytes | memoryview, Answer], bytes | None]) -> None:
+        """`handle` takes a request and returns its reply, or None and calls back with it later."""
         self.handle = handle
         self.secret = secrets.token_bytes(32)
         self.connections: set[ServerConnection] = set()

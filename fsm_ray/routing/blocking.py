@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 import ray
@@ -21,7 +21,7 @@ from fsm_ray.channel.client import BlockingConnection, addresses
 from fsm_ray.channel.frames import FrameTooLong
 from fsm_ray.channel.handshake import HandshakeFailed
 from fsm_ray.errors import NamespaceUnavailable, UnknownBot
-from fsm_ray.protocol import GOOD_RESULTS, READ, WRITE
+from fsm_ray.protocol import GOOD_RESULTS, READ_CONTENT, READ_RECORD, WRITE, ContentView, RecordView
 from fsm_ray.routing.directory import Directory, retry_delay_s
 from fsm_ray.routing.route import Addressed, Route
 
@@ -84,7 +84,7 @@ class BlockingShard:
         self._connection: Connection | None = None
         self._pid = os.getpid()
 
-    def read(self, operation: bytes) -> Any:
+    def read(self, kind: int, operation: bytes) -> Any:
         """The operation's result.
 
         Raises:
@@ -92,7 +92,7 @@ class BlockingShard:
         """
         self._number += 1
         number = self._number
-        return self._call(READ, lambda _: protocol.read_request(number, (operation,)))
+        return self._call(kind, lambda _: protocol.read_request(kind, number, (operation,)))
 
     def write(self, operation: bytes) -> Any:
         """The operation's result.
@@ -211,10 +211,17 @@ class BlockingBot:
             for shard in range(route.options.shards)
         ]
 
-    def read(self, addressed: Addressed) -> Any:
-        """As `BlockingShard.read`, at the shard that has the key."""
-        shard, operation = addressed
-        return self._shards[shard].read(operation)
+    def read_content(self, key: Hashable) -> ContentView | None:
+        """What is under the key, flow and state left out; raises as `BlockingShard.read`."""
+        shard, operation = self.route.read(key)
+        content: ContentView | None = self._shards[shard].read(READ_CONTENT, operation)
+        return content
+
+    def read_record(self, key: Hashable) -> RecordView | None:
+        """What is under the key; raises as `BlockingShard.read`."""
+        shard, operation = self.route.read(key)
+        record: RecordView | None = self._shards[shard].read(READ_RECORD, operation)
+        return record
 
     def write(self, addressed: Addressed) -> Any:
         """As `BlockingShard.write`, at the shard that has the key."""

@@ -6,13 +6,16 @@ Ray does not work, can still connect to the shards that its parent knew.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import random
 import socket
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import ray
 from ray._private import services
@@ -24,6 +27,8 @@ from fsm_ray.actor import NamespaceActor, ShardDescription
 from fsm_ray.channel.handshake import Endpoint, check_protocol_version
 from fsm_ray.errors import NamespaceUnavailable, RayUnreachable
 from fsm_ray.options import BotOptions, check_bot_name
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +64,11 @@ def attach(address: str | None) -> None:
     try:
         # "local" takes no notice of the address file that an earlier Ray may have left behind.
         ray.init(address=_answering(address) if address else _running_ray() or "local")
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:
+        # Ray raises whatever its parts raise, a bare Exception among them; the last line tells most.
+        reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
         raise RayUnreachable(
-            f"no Ray at {address or 'this machine'}: {error}. Start one with `ray start --head`, "
+            f"no Ray at {address or 'this machine'}: {reason}. Start one with `ray start --head`, "
             "or give the address of a running cluster"
         ) from error
 
@@ -106,11 +113,11 @@ class Directory:
         """See `Storage.init`. The shards' endpoints are known afterwards."""
         check_bot_name(bot_name)
         self._attach()
-        actor.create_shards(bot_name, options, self._timeout_s)
+        self._patiently(lambda: actor.create_shards(bot_name, options, self._timeout_s))
         self._options[bot_name] = options
         if not self.is_remote:
             for shard in range(options.shards):
-                self.locate(bot_name, shard)
+                self._patiently(lambda shard=shard: self.locate(bot_name, shard))  # type: ignore[misc]
 
     def options(self, bot_name: str) -> BotOptions:
         """The options of a bot that runs.
@@ -122,7 +129,7 @@ class Directory:
         if options is None:
             check_bot_name(bot_name)
             self._attach()
-            options = actor.running_options(bot_name, self._timeout_s)
+            options = self._patiently(lambda: actor.running_options(bot_name, self._timeout_s))
             self._options[bot_name] = options
         return options
 
@@ -135,7 +142,8 @@ class Directory:
 
         Raises:
             UnknownBot, ProtocolMismatch
-            NamespaceUnavailable: the shard is being restarted, or this is a forked process.
+            NamespaceUnavailable: the shard is being restarted.
+            RayUnreachable: this is a forked process.
         """
         self._attach()
         handle = actor.find_shard(bot_name, shard)
@@ -163,12 +171,17 @@ class Directory:
                 self._endpoints.pop((bot, shard), None)
 
     def describe(self, bot_name: str) -> BotDescription:
+        """What the bot's shards say of themselves, now.
+
+        Raises:
+            UnknownBot, InvalidBotName, NamespaceUnavailable
+        """
         options = self.options(bot_name)
-        calls: list[Any] = [
-            actor.find_shard(bot_name, shard).describe.remote() for shard in range(options.shards)
-        ]
+        self._attach()
         return BotDescription(
-            bot_name, options, [actor.call(each, bot_name, self._timeout_s) for each in calls]
+            bot_name,
+            options,
+            self._patiently(lambda: actor.describe_shards(bot_name, options.shards, self._timeout_s)),
         )
 
     def drop(self, bot_name: str) -> None:
@@ -188,13 +201,26 @@ class Directory:
         """Ray's id of the node that this process runs on."""
         return self._node_id
 
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        """What `ask` returns; it is asked again while shards restart, for as long as `timeout_s`."""
+        deadline = time.monotonic() + self._timeout_s
+        for attempt in itertools.count():
+            try:
+                return ask()
+            except NamespaceUnavailable:
+                pause_s = retry_delay_s(attempt)
+                if time.monotonic() + pause_s > deadline:
+                    raise
+                time.sleep(pause_s)
+        raise AssertionError  # the loop has no end
+
     def _attach(self) -> None:
         pid = os.getpid()
         if self._pid == pid and ray.is_initialized():
             return
         with self._lock:
             if self._pid is not None and self._pid != pid:
-                raise NamespaceUnavailable(
+                raise RayUnreachable(
                     "this process was forked from one that is attached to Ray, and Ray does not survive a "
                     "fork: operate on the bot once before forking, or start workers as Ray tasks or by spawn"
                 )

@@ -1,6 +1,6 @@
 """Lanes: operations of one event loop on their way to a shard and back.
 
-A shard has two lanes, reads and writes, so that a read never waits for a commit. A lane has one request
+A shard has a lane for each kind of request, so that a read never waits for a commit. A lane has one request
 under way; operations that come meanwhile wait and travel together in the next one. That keeps their order,
 makes big batches under load without a timer, and leaves one answer for a shard to remember.
 """
@@ -12,7 +12,7 @@ import bisect
 import itertools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
 from ray.actor import ActorHandle
@@ -23,7 +23,19 @@ from fsm_ray.actor import NamespaceActor
 from fsm_ray.channel.client import addresses, open_connection
 from fsm_ray.channel.handshake import HandshakeFailed
 from fsm_ray.errors import FsmRayError, NamespaceUnavailable
-from fsm_ray.protocol import GOOD_RESULTS, MAX_FRAME_BYTES, MAX_OPERATIONS, READ, WRITE, Result
+from fsm_ray.protocol import (
+    GOOD_RESULTS,
+    MAX_FRAME_BYTES,
+    MAX_OPERATIONS,
+    READ_CONTENT,
+    READ_RECORD,
+    WRITE,
+    ContentView,
+    RecordView,
+    Result,
+    read_request,
+    write_request,
+)
 from fsm_ray.routing.directory import Directory, retry_delay_s
 from fsm_ray.routing.route import Addressed, Route
 
@@ -33,41 +45,11 @@ _MAX_REQUEST_BYTES = MAX_FRAME_BYTES // 2
 """Of operations; the rest leaves room for a single one that is larger, and for the request's head."""
 
 
-class Load:
-    """Operations, the futures of their results, and the loop's times of their calls, in order."""
-
-    __slots__ = ("called_at", "futures", "operations")
-
-    def __init__(
-        self, operations: list[bytes], futures: list[asyncio.Future[Any]], called_at: list[float]
-    ) -> None:
-        self.operations = operations
-        self.futures = futures
-        self.called_at = called_at
-
-    def __len__(self) -> int:
-        return len(self.operations)
-
-    def take(self, count: int) -> Load:
-        """Remove the first so many, and return them."""
-        taken = Load(self.operations[:count], self.futures[:count], self.called_at[:count])
-        del self.operations[:count], self.futures[:count], self.called_at[:count]
-        return taken
-
-    def fail(self, error: Callable[[], FsmRayError]) -> None:
-        for future in self.futures:
-            if not future.done():
-                future.set_exception(error())
-
-
-def _empty() -> Load:
-    return Load([], [], [])
-
-
 class Connection(Protocol):
     """What a lane sends its requests through."""
 
-    def send(self, request: bytes) -> None: ...
+    @property
+    def send(self) -> Callable[[bytes], None]: ...
     def close(self) -> None: ...
 
 
@@ -107,7 +89,11 @@ class RayCallConnection:
 
 
 class Lane:
-    """The reads, or the writes, of one loop to one shard."""
+    """The operations of one kind, of one loop, to one shard.
+
+    A lone task feels every Python call that is made here, twice, for each of its operations comes to a cold
+    processor cache. So there are few, and they do much.
+    """
 
     def __init__(
         self, kind: int, timeout_s: float, wake: Callable[[], None], too_late: Callable[..., FsmRayError]
@@ -122,10 +108,15 @@ class Lane:
         self._too_late = too_late
         self._session = os.urandom(16)
         self._number = 0
-        self._waiting = _empty()
-        self._under_way = _empty()
-        self._was_sent = False
-        self._connection: Connection | None = None
+        # What waits, and what the request under way carries: operations, futures of their results, and the
+        # loop's times of their calls, all in the same order.
+        self._operations: list[bytes] = []
+        self._futures: list[asyncio.Future[Any]] = []
+        self._called_at: list[float] = []
+        self._sent_operations: list[bytes] = []
+        self._sent_futures: list[asyncio.Future[Any]] = []
+        self._sent_called_at: list[float] = []
+        self._send: Callable[[bytes], None] | None = None
         # Connected, nothing under way, and no flush scheduled.
         self._is_idle = False
         self._was_alone = True
@@ -133,61 +124,69 @@ class Lane:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._under_way)
+        return bool(self._operations or self._sent_futures)
+
+    @property
+    def request_under_way(self) -> tuple[int, int]:
+        """The number of the last request, and how many of its operations have no result yet."""
+        return self._number, len(self._sent_futures)
 
     def submit(self, operation: bytes) -> asyncio.Future[Any]:
         """The future of the operation's result."""
         future = self._make_future()
-        waiting = self._waiting
-        waiting.operations.append(operation)
-        waiting.futures.append(future)
-        waiting.called_at.append(self._now())
+        self._operations.append(operation)
+        self._futures.append(future)
+        self._called_at.append(self._now())
         if self._is_idle:
-            self._is_idle = False
             if self._was_alone:
                 self._flush()
             else:
                 # The last request carried several operations: let every task that is ready add its own.
+                self._is_idle = False
                 self._loop.call_soon(self._flush)
-        elif self._connection is None:
+        elif self._send is None:
             self._arm()
             self._wake()
         return future
 
     def connected(self, connection: Connection) -> None:
         """Go on over this connection: first with what was under way on the last one, then with the rest."""
-        self._connection = connection
-        if self._under_way:
-            self._send(is_resend=self._was_sent)
+        self._send = connection.send
+        if self._sent_futures:
+            self._send_again(connection.send)
         else:
             self._flush()
 
     def disconnected(self) -> None:
-        self._connection = None
+        self._send = None
         self._is_idle = False
 
     def answered(self, number: int, results: Sequence[Result | FsmRayError]) -> None:
         """Hand out the results of the request under way."""
-        futures = self._under_way.futures
+        futures = self._sent_futures
         if number != self._number or not futures:
             return  # its operations were given up when their time was over
-        self._under_way = _empty()
+        self._sent_futures = []
         self._was_alone = len(futures) == 1
         for future, result in zip(futures, results, strict=True):
-            if future.done():
-                continue  # cancelled by its caller
-            if type(result) in GOOD_RESULTS:
-                future.set_result(result)
-            else:
-                future.set_exception(protocol.error_of(result))
-        self._flush()
+            try:
+                if type(result) in GOOD_RESULTS:
+                    future.set_result(result)
+                else:
+                    future.set_exception(protocol.error_of(result))
+            except asyncio.InvalidStateError:
+                pass  # cancelled by its caller
+        if self._operations:
+            self._flush()
+        else:
+            self._is_idle = self._send is not None
 
     def fail(self, error: Callable[[], FsmRayError]) -> None:
         """Give every operation this error: there is no sense in waiting on."""
-        loads = self._under_way, self._waiting
-        self._under_way, self._waiting = _empty(), _empty()
-        for load in loads:
-            load.fail(error)
+        futures = self._sent_futures + self._futures
+        self._sent_futures = []
+        self._operations, self._futures, self._called_at = [], [], []
+        _fail(futures, error)
 
     def close(self) -> None:
         self.disconnected()
@@ -197,67 +196,74 @@ class Lane:
 
     def _flush(self) -> None:
         """Send what waits, unless a request is under way."""
-        if self._connection is None or self._under_way:
+        if self._send is None or self._sent_futures:
             return
-        if not self._waiting:
+        operations = self._operations
+        if not operations:
             self._is_idle = True
             return
-        if len(self._waiting) == 1 or _fits(self._waiting):
-            self._under_way, self._waiting = self._waiting, _empty()
+        self._is_idle = False
+        if len(operations) == 1 or (count := _fitting(operations)) == len(operations):
+            self._sent_operations, self._sent_futures = operations, self._futures
+            self._sent_called_at = self._called_at
+            self._operations, self._futures, self._called_at = [], [], []
         else:
-            self._under_way = self._waiting.take(_fitting(self._waiting))
+            self._sent_operations, self._operations = operations[:count], operations[count:]
+            self._sent_futures, self._futures = self._futures[:count], self._futures[count:]
+            self._sent_called_at, self._called_at = self._called_at[:count], self._called_at[count:]
         self._number += 1
-        self._was_sent = False
-        self._send(is_resend=False)
+        if self._kind == WRITE:
+            self._send(write_request(self._number, self._sent_operations, self._session, is_resend=False))
+        else:
+            self._send(read_request(self._kind, self._number, self._sent_operations))
         if self._timer is None:
             self._arm()
 
-    def _send(self, *, is_resend: bool) -> None:
-        if self._connection is None:
-            return
-        operations = self._under_way.operations
-        self._was_sent = True
-        if self._kind == READ:
-            request = protocol.read_request(self._number, operations)
+    def _send_again(self, send: Callable[[bytes], None]) -> None:
+        if self._kind == WRITE:
+            send(write_request(self._number, self._sent_operations, self._session, is_resend=True))
         else:
-            request = protocol.write_request(self._number, operations, self._session, is_resend=is_resend)
-        self._connection.send(request)
+            send(read_request(self._kind, self._number, self._sent_operations))
 
     # One timer for all operations: it looks at the oldest ones, and comes back when the next may be due.
 
     def _arm(self) -> None:
-        oldest = self._under_way.called_at or self._waiting.called_at
+        oldest = self._sent_called_at if self._sent_futures else self._called_at
         if self._timer is None and oldest:
             self._timer = self._loop.call_at(oldest[0] + self._timeout_s, self._expire)
 
     def _expire(self) -> None:
         self._timer = None
         horizon = self._now() - self._timeout_s
-        if self._under_way and self._under_way.called_at[0] <= horizon:
+        if self._sent_futures and self._sent_called_at[0] <= horizon:
             # Later ones of this request are given up with the first: a request has one outcome.
-            outcome_unknown = self._kind == WRITE and self._was_sent
-            self._under_way.fail(lambda: self._too_late(outcome_unknown=outcome_unknown))
-            self._under_way = _empty()
-        overdue = bisect.bisect_right(self._waiting.called_at, horizon)
-        self._waiting.take(overdue).fail(lambda: self._too_late(outcome_unknown=False))
+            futures, self._sent_futures = self._sent_futures, []
+            _fail(futures, lambda: self._too_late(outcome_unknown=self._kind == WRITE))
+        overdue = bisect.bisect_right(self._called_at, horizon)
+        futures = self._futures[:overdue]
+        del self._operations[:overdue], self._futures[:overdue], self._called_at[:overdue]
+        _fail(futures, lambda: self._too_late(outcome_unknown=False))
         if not self._is_idle:
             self._flush()
         self._arm()
 
 
-def _fits(load: Load) -> bool:
-    """Whether the load can travel in one request."""
-    return len(load) <= MAX_OPERATIONS and sum(map(len, load.operations)) <= _MAX_REQUEST_BYTES
+def _fail(futures: list[asyncio.Future[Any]], error: Callable[[], FsmRayError]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_exception(error())
 
 
-def _fitting(load: Load) -> int:
-    """How many of the load's first operations can travel in one request."""
-    sizes = itertools.accumulate(map(len, load.operations[:MAX_OPERATIONS]))
+def _fitting(operations: list[bytes]) -> int:
+    """How many of the first operations can travel in one request."""
+    if len(operations) <= MAX_OPERATIONS and sum(map(len, operations)) <= _MAX_REQUEST_BYTES:
+        return len(operations)
+    sizes = itertools.accumulate(map(len, operations[:MAX_OPERATIONS]))
     return max(1, sum(size <= _MAX_REQUEST_BYTES for size in sizes))
 
 
 class Shard:
-    """One shard as one event loop sees it: two lanes over a connection, made again when it breaks."""
+    """One shard as one event loop sees it: its lanes over a connection, made again when it breaks."""
 
     def __init__(
         self,
@@ -272,6 +278,7 @@ class Shard:
         self._loop = asyncio.get_running_loop()
         self._directory = directory
         self._route = route
+        self._decode = route.decoder.decode
         self._shard = shard
         self._by_socket = by_socket
         self._on_gone = on_gone
@@ -279,22 +286,24 @@ class Shard:
         self._connecting: asyncio.Task[None] | None = None
         self._timeout_s = timeout_s
         self._trouble = "it could not be reached"
-        self.reads = Lane(READ, timeout_s, self._connect, self._too_late)
-        self.writes = Lane(WRITE, timeout_s, self._connect, self._too_late)
+        self.lanes = [
+            Lane(kind, timeout_s, self._connect, self._too_late)
+            for kind in (WRITE, READ_CONTENT, READ_RECORD)
+        ]
 
     def close(self) -> None:
         """End the connection. Operations that wait go on waiting until `fail`."""
         if self._connecting is not None:
             self._connecting.cancel()
-        self.reads.close()
-        self.writes.close()
+        for lane in self.lanes:
+            lane.close()
         if self._connection is not None:
             self._connection.close()
             self._connection = None
 
     def fail(self, error: Callable[[], FsmRayError]) -> None:
-        self.reads.fail(error)
-        self.writes.fail(error)
+        for lane in self.lanes:
+            lane.fail(error)
 
     def _connect(self) -> None:
         if self._connecting is None:
@@ -303,7 +312,7 @@ class Shard:
     async def _keep_trying(self) -> None:
         try:
             attempt = 0
-            while self.reads.has_work or self.writes.has_work:
+            while self._has_work():
                 try:
                     self._connection = await self._open(is_first=attempt == 0)
                 except NamespaceUnavailable as error:
@@ -313,8 +322,8 @@ class Shard:
                     attempt += 1
                 else:
                     self._trouble = "it is connected and silent"
-                    self.reads.connected(self._connection)
-                    self.writes.connected(self._connection)
+                    for lane in self.lanes:
+                        lane.connected(self._connection)
                     return
         except FsmRayError as error:
             # Such as a bot that was dropped: trying again will not help.
@@ -351,15 +360,18 @@ class Shard:
         )
 
     def _on_reply(self, body: memoryview) -> None:
-        kind, number, results = self._route.decoder.decode(body)
-        (self.reads if kind == READ else self.writes).answered(number, results)
+        kind, number, results = self._decode(body)
+        self.lanes[kind].answered(number, results)
 
     def _on_lost(self) -> None:
         self._connection = None
-        self.reads.disconnected()
-        self.writes.disconnected()
-        if self.reads.has_work or self.writes.has_work:
+        for lane in self.lanes:
+            lane.disconnected()
+        if self._has_work():
             self._connect()
+
+    def _has_work(self) -> bool:
+        return any(lane.has_work for lane in self.lanes)
 
 
 class LoopBot:
@@ -376,22 +388,30 @@ class LoopBot:
     ) -> None:
         """`on_gone` is called when the bot turns out to be gone: this object is of no further use."""
         self.route = route
+        self._read = route.read
         self._shards = [
             Shard(directory, route, shard, timeout_s, on_gone, by_socket=by_socket)
             for shard in range(route.options.shards)
         ]
-        self._reads = [shard.reads.submit for shard in self._shards]
-        self._writes = [shard.writes.submit for shard in self._shards]
-
-    def read(self, addressed: Addressed) -> asyncio.Future[Any]:
-        """The future of the operation's result, from the shard that has the key."""
-        shard, operation = addressed
-        return self._reads[shard](operation)
+        self._writes, self._content_reads, self._record_reads = (
+            [shard.lanes[kind].submit for shard in self._shards]
+            for kind in (WRITE, READ_CONTENT, READ_RECORD)
+        )
 
     def write(self, addressed: Addressed) -> asyncio.Future[Any]:
-        """As `read`, for an operation that writes."""
+        """The future of the operation's result."""
         shard, operation = addressed
         return self._writes[shard](operation)
+
+    def read_content(self, key: Hashable) -> asyncio.Future[ContentView | None]:
+        """The future of what is under the key, flow and state left out."""
+        shard, operation = self._read(key)
+        return self._content_reads[shard](operation)
+
+    def read_record(self, key: Hashable) -> asyncio.Future[RecordView | None]:
+        """The future of what is under the key."""
+        shard, operation = self._read(key)
+        return self._record_reads[shard](operation)
 
     def close(self, error: Callable[[], FsmRayError]) -> None:
         """End the connections; operations that wait get this error."""

@@ -21,7 +21,7 @@ from fsm_ray.errors import (
     UnknownBot,
 )
 from fsm_ray.options import SLOTS, BotOptions
-from fsm_ray.protocol import ReplyDecoder
+from fsm_ray.protocol import BIN8, ReplyDecoder
 from fsm_ray.state import State
 
 Addressed = tuple[int, bytes]
@@ -44,12 +44,15 @@ class Route:
         self.options = options
         self.decoder = ReplyDecoder(extension_hook(allow_pickle=options.allow_pickle))
         self._shards = options.shards
+        self._is_single = options.shards == 1
         self._allow_pickle = options.allow_pickle
         self._max_record_bytes = options.max_record_bytes
 
-    def get_record(self, key: Hashable) -> Addressed:
+    def read(self, key: Hashable) -> Addressed:
         encoded = encode_key(key)
-        return self.shard_of(encoded), protocol.get_record(encoded)
+        length = len(encoded)
+        operation = BIN8[length] + encoded if length < len(BIN8) else protocol.read(encoded)
+        return 0 if self._is_single else self.shard_of(encoded), operation
 
     def set_record(self, key: Hashable, state: State, expected_version: int | None) -> Addressed:
         if not isinstance(state, State):
@@ -110,7 +113,7 @@ class Route:
 
     def shard_of(self, key: bytes) -> int:
         """The shard that has this encoded key."""
-        return 0 if self._shards == 1 else slot_of(key) * self._shards // SLOTS
+        return slot_of(key) * self._shards // SLOTS
 
     def _write(self, key: bytes, operation: bytes) -> Addressed:
         # The shard has the exact check; this one keeps what cannot fit off the channel.
@@ -123,7 +126,7 @@ class Route:
                 size_bytes=len(operation),
                 max_record_bytes=self._max_record_bytes,
             )
-        return self.shard_of(key), operation
+        return 0 if self._is_single else self.shard_of(key), operation
 
 
 def _check_version(expected_version: int | None) -> None:

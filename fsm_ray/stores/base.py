@@ -55,10 +55,10 @@ class Store(ABC):
         """Become the owner, and return everything that was ever acknowledged."""
 
     @abstractmethod
-    def commit(self, batch: Batch) -> asyncio.Future[None] | None:
-        """Keep the batch. None: it is kept already. Otherwise it is when the future is done.
+    def commit(self, batch: Batch) -> asyncio.Future[None]:
+        """Keep the batch; when the future is done, it is kept. One commit ends before the next begins.
 
-        The namespace waits for one commit before it begins the next.
+        Never called when the store is not durable.
         """
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import ClassVar
@@ -25,8 +26,9 @@ class MemoryStore(Store):
         """
         return Contents(version=int(self._clock() * 1_000_000))
 
-    def commit(self, batch: Batch) -> None:
-        """Nothing to keep."""
+    def commit(self, batch: Batch) -> asyncio.Future[None]:
+        """Never called: there is nothing to keep."""
+        raise NotImplementedError
 
     async def close(self) -> None:
         """Nothing to release."""
