@@ -1,0 +1,173 @@
+"""The command `fsm-ray`."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import fsm_ray
+from fsm_ray import bench as benchmark
+from fsm_ray.demo.config import DemoConfig
+from fsm_ray.demo.display import print_report
+from fsm_ray.demo.report import to_json
+from fsm_ray.errors import ConfigurationError, FsmRayError, InvalidInput, NamespaceUnavailable, RayUnreachable
+from fsm_ray.options import SLOTS
+
+EXIT_FAILED = 1  # it ran, and the result is not what it must be; or it could not go on
+EXIT_USAGE = 2  # wrong options, a wrong file, a missing extra: nothing was done
+EXIT_UNAVAILABLE = 3  # no Ray, or no answer from it: try again
+EXIT_INTERRUPTED = 130  # Ctrl-C, as in a shell; typer gives it
+
+_EPILOG = (
+    f"Exit codes: 0 all is well; {EXIT_FAILED} the result is not what it must be; {EXIT_USAGE} wrong options"
+    f" or setup; {EXIT_UNAVAILABLE} Ray or a bot's actor does not answer; {EXIT_INTERRUPTED} interrupted."
+)
+
+
+def _listed(items: Iterable[object]) -> str:
+    return ",".join(map(str, items))
+
+
+_DEMO = DemoConfig()
+_BENCH = benchmark.BenchConfig()
+
+app = typer.Typer(
+    name="fsm-ray",
+    help="Conversation state of chat bots, kept in Ray named actors.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command; errors of fsm_ray become one line and an exit code."""
+    try:
+        app()
+    except FsmRayError as error:
+        typer.echo(f"fsm-ray: {' '.join(str(error).split())}", err=True)
+        raise SystemExit(_exit_code(error)) from None
+
+
+def _exit_code(error: FsmRayError) -> int:
+    if isinstance(error, (RayUnreachable, NamespaceUnavailable)):
+        return EXIT_UNAVAILABLE
+    return EXIT_USAGE if isinstance(error, (InvalidInput, ConfigurationError)) else EXIT_FAILED
+
+
+def _print_version(is_wanted: bool) -> None:  # noqa: FBT001 - typer's signature
+    if is_wanted:
+        typer.echo(f"fsm-ray {fsm_ray.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _command(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass  # what is common to all commands
+
+
+@app.command(epilog=_EPILOG)
+def demo(
+    *,
+    updates: Annotated[int, typer.Option(min=1, help="How many updates to make.")] = _DEMO.updates,
+    seed: Annotated[int, typer.Option(help="What the updates are made from.")] = _DEMO.seed,
+    file: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Read updates from here: JSON, one a line."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="How many workers, each a Ray task.")] = _DEMO.workers,
+    shards: Annotated[int, typer.Option(min=1, max=SLOTS, help="Actors of the bot.")] = _DEMO.shards,
+    address: Annotated[
+        str | None,
+        typer.Option(help='Of the Ray to use. Default: the one here, or a new one; "local": a new one.'),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the bot on the Ray that was there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Serve a registration bot with several workers, and check what they arrive at.
+
+    The updates are as Telegram sends them: several hundred people at once, in private chats, groups and
+    topics. Each worker is a Ray task with an aiogram dispatcher, which answers without a network.
+    Conversations go from worker to worker in the middle of the dialogue. In the end, each must stand where
+    one worker alone brings it. You may kill workers meanwhile.
+    """
+    console = Console(file=sys.stderr if as_json else sys.stdout)
+    with console.status("Importing aiogram"):
+        # Not at the top: aiogram takes seconds to import, and `fsm-ray --help` shall answer at once.
+        from fsm_ray.demo.run import run  # noqa: PLC0415
+    config = DemoConfig(
+        updates=updates, seed=seed, file=file, workers=workers, shards=shards, address=address, keep=keep
+    )
+    # Ray prints on stdout what becomes of its processes. The report says what matters of it.
+    with redirect_stdout(io.StringIO()):
+        report = run(config, console)
+    print_report(report, console)
+    if as_json:
+        typer.echo(to_json(report))
+    if not report.agrees:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command(epilog=_EPILOG)
+def bench(
+    *,
+    contenders: Annotated[str, typer.Option(help="Which take part, with commas between.")] = _listed(
+        _BENCH.contenders
+    ),
+    tasks: Annotated[str, typer.Option(help="Numbers of concurrent tasks, with commas.")] = _listed(
+        _BENCH.tasks
+    ),
+    seconds: Annotated[float, typer.Option(help="How long one measurement lasts.")] = _BENCH.seconds,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = _BENCH.rounds,
+    shards: Annotated[int, typer.Option(min=1, max=SLOTS, help="Actors of fsm_ray's bots.")] = _BENCH.shards,
+    conversations: Annotated[
+        int, typer.Option(min=0, help="Loaded to weigh one; 0 skips the part.")
+    ] = _BENCH.memory_conversations,
+    sizes: Annotated[
+        str, typer.Option(help='Numbers of conversations to time operations at; "" skips the part.')
+    ] = _listed(_BENCH.sizes),
+    json_path: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, help="Write all that was measured here.")
+    ] = None,
+    plot_path: Annotated[
+        Path | None, typer.Option("--plot", dir_okay=False, help="Write a picture here, a PNG.")
+    ] = None,
+) -> None:
+    """Measure fsm_ray side by side with its peers, on this machine.
+
+    Servers are real, started here, and stopped in the end. The tables show medians over the rounds.
+    """
+    benchmark.run(
+        benchmark.BenchConfig(
+            contenders=tuple(name for name in contenders.split(",") if name),
+            tasks=_numbers(tasks, "--tasks"),
+            seconds=seconds,
+            rounds=rounds,
+            shards=shards,
+            memory_conversations=conversations,
+            sizes=_numbers(sizes, "--sizes"),
+            json_path=json_path,
+            plot_path=plot_path,
+        )
+    )
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(",") if number)
+    except ValueError:
+        raise typer.BadParameter("give numbers with commas between, as 1,16,256", param_hint=option) from None

@@ -1,0 +1,291 @@
+"""The command: what it prints, and the exit code that it ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+
+import fsm_ray
+from fsm_ray import bench, cli
+from fsm_ray.bench import BenchConfig
+from fsm_ray.demo import crew as demo_crew
+from fsm_ray.demo.updates import generate_updates, write_updates
+from fsm_ray.errors import ConfigurationError, FsmRayError, NamespaceUnavailable, UnknownBot
+
+from .conftest import DEADLINE_S, RayCluster, eventually
+from .test_demo import first_start, losing
+
+COMMAND = str(Path(sys.executable).with_name("fsm-ray"))
+
+
+def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+        env=os.environ | {"COLUMNS": "120", "NO_COLOR": "1"} | environment,
+    )
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of the command, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["fsm-ray", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+class TestCommand:
+    def test_version_is_printed(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code = run_here(monkeypatch, "--version")
+
+        assert (code, capsys.readouterr().out) == (0, f"fsm-ray {fsm_ray.__version__}\n")
+
+    @pytest.mark.parametrize("command", [(), ("demo",), ("bench",)])
+    def test_help_tells_the_exit_codes(
+        self, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code = run_here(monkeypatch, *command, "--help")
+        told = " ".join(capsys.readouterr().out.split())
+
+        assert code == 0
+        assert "0 all is well; 1 the result is not what it must be; 2 wrong options or setup; 3 Ray" in told
+
+    def test_help_imports_no_framework_and_no_benchmark(self) -> None:
+        result = subprocess.run(
+            [sys.executable, "-X", "importtime", COMMAND, "demo", "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+
+        assert "fsm_ray.demo.config" in imported
+        assert not imported & {"aiogram", "telegram", "telebot", "fsm_ray.bench.session", "matplotlib"}
+
+    @pytest.mark.parametrize(
+        ("error", "code"),
+        [
+            (FsmRayError("it failed"), 1),
+            (UnknownBot("it failed"), 1),
+            (ConfigurationError("it failed"), 2),
+            (NamespaceUnavailable("it failed"), 3),
+        ],
+    )
+    def test_an_error_becomes_one_line_and_its_exit_code(
+        self,
+        error: FsmRayError,
+        code: int,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        def fail(_: BenchConfig) -> None:
+            raise error
+
+        monkeypatch.setattr(bench, "run", fail)
+
+        assert run_here(monkeypatch, "bench") == code
+        assert capsys.readouterr().err == "fsm-ray: it failed\n"
+
+
+class TestBench:
+    def test_options_reach_the_benchmark(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        configs: list[BenchConfig] = []
+        monkeypatch.setattr(bench, "run", configs.append)
+        options = (
+            "--contenders echo,fsm-ray --tasks 1,8 --seconds 0.5 --rounds 2 --shards 3 --conversations 0"
+        )
+        code = run_here(
+            monkeypatch,
+            "bench",
+            *options.split(),
+            *("--sizes", "", "--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")),
+        )
+
+        assert code == 0
+        assert configs == [
+            BenchConfig(
+                contenders=("echo", "fsm-ray"),
+                tasks=(1, 8),
+                seconds=0.5,
+                rounds=2,
+                shards=3,
+                memory_conversations=0,
+                sizes=(),
+                json_path=tmp_path / "a.json",
+                plot_path=tmp_path / "a.png",
+            )
+        ]
+
+    def test_without_options_the_benchmark_has_its_own_defaults(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        configs: list[BenchConfig] = []
+        monkeypatch.setattr(bench, "run", configs.append)
+        run_here(monkeypatch, "bench")
+
+        assert configs == [BenchConfig()]
+
+    @pytest.mark.parametrize(
+        "arguments", [("--tasks", "many"), ("--contenders", "nobody"), ("--rounds", "0"), ("--seconds", "-1")]
+    )
+    def test_what_cannot_be_measured_is_wrong_usage(
+        self, arguments: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert run_here(monkeypatch, "bench", *arguments) == cli.EXIT_USAGE
+
+
+class TestDemoUsage:
+    @pytest.mark.parametrize(
+        "arguments",
+        [("--updates", "0"), ("--workers", "0"), ("--shards", "0"), ("--file", "/nowhere"), ("--speed", "1")],
+    )
+    def test_wrong_options_are_wrong_usage(
+        self, arguments: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert run_here(monkeypatch, "demo", *arguments) == cli.EXIT_USAGE
+
+    def test_a_file_that_holds_no_update_is_wrong_usage(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        path = tmp_path / "updates.jsonl"
+        path.write_text("hello\n")
+
+        assert run_here(monkeypatch, "demo", "--file", str(path)) == cli.EXIT_USAGE
+        assert capsys.readouterr().err.startswith(f"fsm-ray: {path}, line 1: ")
+
+    def test_without_aiogram_the_extra_is_named(self) -> None:
+        code = """
+import sys
+sys.modules["aiogram"] = None
+from fsm_ray.cli import main
+main()
+"""
+        result = subprocess.run(
+            [sys.executable, "-c", code, "demo"], capture_output=True, text=True, check=False
+        )
+
+        assert result.returncode == cli.EXIT_USAGE
+        assert result.stderr.endswith("pip install 'fsm-ray[aiogram]'\n")
+        assert result.stderr.count("\n") == 1
+
+    @pytest.mark.slow
+    def test_an_address_where_nothing_listens_is_told_at_once(self) -> None:
+        result = run_command("demo", "--updates", "10", "--address", "127.0.0.1:9")
+
+        assert result.returncode == cli.EXIT_UNAVAILABLE
+        assert result.stderr.startswith("fsm-ray: no Ray at 127.0.0.1:9: ")
+        assert result.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def ray_directory() -> Iterator[str]:
+    """Where a Ray of its own puts its files; short, for the paths of sockets are limited."""
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as directory:
+        yield directory
+
+
+def processes_of(ray_directory: str) -> list[str]:
+    """Command lines of the processes whose Ray has its files there."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"RAY_TMPDIR={ray_directory}\0" in (path / "environ").read_text():
+                found.append((path / "cmdline").read_text().replace("\0", " "))
+        except OSError:  # it has just ended, or is somebody else's
+            continue
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+class TestDemo:
+    def test_with_a_ray_of_its_own_all_conversations_agree_and_nothing_is_left(
+        self, ray_directory: str
+    ) -> None:
+        result = run_command(
+            *("demo", "--address", "local", "--updates", "300", "--workers", "2"), RAY_TMPDIR=ray_directory
+        )
+
+        assert result.returncode == 0
+        assert "conversations agree with one worker over aiogram's MemoryStorage." in result.stdout
+        assert "Registration:done" in result.stdout
+        assert "Traceback" not in result.stdout + result.stderr
+        eventually(lambda: not processes_of(ray_directory), "the demo's Ray has ended")
+
+    def test_a_bot_cannot_be_kept_on_a_ray_that_ends(self, ray_directory: str) -> None:
+        result = run_command(
+            *("demo", "--address", "local", "--updates", "10", "--keep"), RAY_TMPDIR=ray_directory
+        )
+
+        assert result.returncode == cli.EXIT_USAGE
+        assert "there is no Ray to keep the bot on" in result.stderr
+        eventually(lambda: not processes_of(ray_directory), "the demo's Ray has ended")
+
+    def test_json_is_all_that_is_on_stdout(self, cluster: RayCluster) -> None:
+        result = run_command(
+            "demo", "--address", cluster.address, "--updates", "300", "--workers", "1", "--json"
+        )
+        report = json.loads(result.stdout)
+
+        assert result.returncode == 0
+        assert (report["agrees"], report["updates"], report["differences"]) == (True, 300, [])
+
+    def test_updates_are_read_from_a_file(
+        self,
+        cluster: RayCluster,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        tmp_path: Path,
+    ) -> None:
+        path = tmp_path / "updates.jsonl"
+        write_updates(path, generate_updates(123, seed=5))
+        code = run_here(monkeypatch, "demo", "--file", str(path), "--workers", "1", "--json")
+
+        assert code == 0
+        assert json.loads(capsys.readouterr().out)["updates"] == 123
+
+    def test_a_lost_update_ends_it_with_the_keys_that_differ(
+        self, cluster: RayCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        key, update_id = first_start(list(generate_updates(300, seed=9)))
+        monkeypatch.setattr(demo_crew, "handle", losing(update_id))
+        code = run_here(monkeypatch, "demo", "--updates", "300", "--seed", "9", "--workers", "1")
+        output = capsys.readouterr().out
+
+        assert code == cli.EXIT_FAILED
+        assert "conversations differ from one worker over aiogram's MemoryStorage:" in output
+        assert f"  {key}: no record, expected Registration:" in output
+
+    def test_ctrl_c_leaves_no_actors(self, cluster: RayCluster) -> None:
+        def bots() -> list[str]:
+            names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+            return [name for name in names if name.startswith("demo-")]
+
+        demo = subprocess.Popen(
+            [COMMAND, "demo", "--address", cluster.address, "--updates", "50000"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        eventually(lambda: len(bots()) == 2, "the demo has made its bot")
+        demo.send_signal(signal.SIGINT)
+        _, told = demo.communicate(timeout=DEADLINE_S)
+
+        assert demo.returncode == cli.EXIT_INTERRUPTED
+        assert bots() == []
+        assert "Traceback" not in told
