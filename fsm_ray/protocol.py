@@ -133,6 +133,9 @@ _WriteResult = ContentView | bool | int | Error | None
 _ContentResult = ContentView | Error | None
 _RecordResult = RecordView | Error | None
 
+_UPDATE_HEADS = tuple(b"\x93\x02" + head for head in BIN8)
+"""An array of three, UPDATE_DATA, and the head of a key of this length."""
+
 _REPLIES: dict[int, tuple[Any, Any]] = {
     WRITE: (tuple[int, int, list[_WriteResult]], _WriteResult),
     READ_CONTENT: (tuple[int, int, list[_ContentResult]], _ContentResult),
@@ -164,9 +167,9 @@ def set_data(key: bytes, data: bytes, expected_version: int | None) -> bytes:
 
 def update_data(key: bytes, changes: bytes, expected_version: int | None) -> bytes:
     length = len(key)
-    if expected_version is None and length < len(BIN8):
+    if expected_version is None and length < len(_UPDATE_HEADS):
         # What the line below makes, in a third of the time.
-        return b"\x93\x02" + BIN8[length] + key + changes
+        return _UPDATE_HEADS[length] + key + changes
     return _encode((UPDATE_DATA, key, msgspec.Raw(changes), expected_version))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import functools
 import itertools
 import logging
 import os
@@ -101,7 +102,7 @@ class Lane:
         """`wake`: called when there is work and no connection; `too_late`: makes a timeout's error."""
         self._kind = kind
         self._loop = asyncio.get_running_loop()
-        self._make_future = self._loop.create_future
+        self._make_future = functools.partial(asyncio.Future, loop=self._loop)
         self._now = self._loop.time
         self._timeout_s = timeout_s
         self._wake = wake
@@ -133,7 +134,7 @@ class Lane:
 
     def submit(self, operation: bytes) -> asyncio.Future[Any]:
         """The future of the operation's result."""
-        future = self._make_future()
+        future: asyncio.Future[Any] = self._make_future()
         self._operations.append(operation)
         self._futures.append(future)
         self._called_at.append(self._now())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from fsm_ray import protocol
 from fsm_ray.codec import encode_data, encode_key, extension_hook
@@ -81,7 +81,10 @@ class Route:
         values = encode_data(changes, allow_pickle=self._allow_pickle)
         if expected_version is not None:
             _check_version(expected_version)
-        return self._write(encoded, protocol.update_data(encoded, values, expected_version))
+        operation = protocol.update_data(encoded, values, expected_version)
+        if len(operation) > self._max_record_bytes:
+            self._refuse(operation)
+        return 0 if self._is_single else self.shard_of(encoded), operation
 
     def clear(self, key: Hashable, expected_version: int | None) -> Addressed:
         encoded = encode_key(key)
@@ -116,17 +119,20 @@ class Route:
         return slot_of(key) * self._shards // SLOTS
 
     def _write(self, key: bytes, operation: bytes) -> Addressed:
-        # The shard has the exact check; this one keeps what cannot fit off the channel.
         if len(operation) > self._max_record_bytes:
-            raise RecordTooLarge(
-                f"the operation takes {len(operation):,} bytes, and max_record_bytes of bot "
-                f"{self.bot_name!r} is {self._max_record_bytes:,}; nothing was changed: keep less, "
-                "or init with a larger limit",
-                bot=self.bot_name,
-                size_bytes=len(operation),
-                max_record_bytes=self._max_record_bytes,
-            )
+            self._refuse(operation)
         return 0 if self._is_single else self.shard_of(key), operation
+
+    def _refuse(self, operation: bytes) -> NoReturn:
+        """Keep off the channel what cannot fit; the shard has the exact check."""
+        raise RecordTooLarge(
+            f"the operation takes {len(operation):,} bytes, and max_record_bytes of bot "
+            f"{self.bot_name!r} is {self._max_record_bytes:,}; nothing was changed: keep less, "
+            "or init with a larger limit",
+            bot=self.bot_name,
+            size_bytes=len(operation),
+            max_record_bytes=self._max_record_bytes,
+        )
 
 
 def _check_version(expected_version: int | None) -> None:
