@@ -92,7 +92,7 @@ class NamespaceActor:
         """One frame in, its reply out: the channel's fallback, over a Ray call."""
         namespace = await self._opened()
         committed: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        reply = namespace.handle(memoryview(request)[4:], committed.set_result)
+        reply = namespace.handle(request[4:], committed.set_result)
         # Shielded: the commit answers even when the caller has given up.
         return await asyncio.shield(committed) if reply is None else reply
 

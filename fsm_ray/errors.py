@@ -54,7 +54,7 @@ class InvalidInput(FsmRayError):
 
 
 class InvalidBotName(InvalidInput):
-    """Raised when a bot's name is not 1 to 64 letters, digits or `_ . @ -`."""
+    """Raised when a bot's name has odd characters, or is empty or longer than 64."""
 
 
 class InvalidKey(InvalidInput):

@@ -31,7 +31,7 @@ from fsm_ray.protocol import (
     decode_request,
     reply,
 )
-from fsm_ray.record import Packer
+from fsm_ray.record import MAX_FRONT_BYTES, Packer
 from fsm_ray.sessions import Sessions
 from fsm_ray.stores.base import Answered, Batch, Contents, Store
 
@@ -73,6 +73,8 @@ class Namespace:
     ) -> None:
         self._bot_name = bot_name
         self._max_record_bytes = options.max_record_bytes
+        # A packed record is smaller than its blob by no more than the front that it shares.
+        self._surely_fitting_bytes = options.max_record_bytes - MAX_FRONT_BYTES
         self._store = store
         self._is_durable = store.is_durable
         self._packer = Packer()
@@ -98,7 +100,7 @@ class Namespace:
             Clear: self._clear,
         }
 
-    def handle(self, body: bytes | memoryview, answer: Answer) -> bytes | None:
+    def handle(self, body: bytes, answer: Answer) -> bytes | None:
         """Take one request, and return its reply; or None, and call `answer` with it when it is committed.
 
         Raises:
@@ -110,7 +112,11 @@ class Namespace:
             raise MalformedRequest(str(error)) from error
         if type(request) is WriteRequest:
             if not self._is_durable:
-                return self._apply(request)
+                # There is nothing to commit: the overlay is the records.
+                answered = self._evaluate(request)
+                if self._cleared:
+                    self._remove_cleared()
+                return answered
             self._waiting.append((request, answer))
             if self._commit is None:
                 self._commit_waiting()
@@ -134,13 +140,6 @@ class Namespace:
             operations=self._operations,
             version=self._version,
         )
-
-    def _apply(self, request: WriteRequest) -> bytes:
-        """The way of a write in memory alone: there is nothing to commit, the overlay is the records."""
-        answer = self._evaluate(request)
-        if self._cleared:
-            self._remove_cleared()
-        return answer
 
     # The way of a write to a store: evaluate all that wait into an overlay, commit it, publish it, answer;
     # then again with what came meanwhile.
@@ -174,13 +173,15 @@ class Namespace:
 
     def _evaluate(self, request: WriteRequest) -> bytes:
         """The reply to one request; its effect goes to the overlay."""
-        try:
-            known = self._sessions.recall(request.session, request.number, request.is_resend, self._answered)
-        except FsmRayError as error:
-            refusal = protocol.encode_error(error)
-            return reply(WRITE, request.number, [refusal] * len(request.operations))
-        if known is not None:
-            return known
+        last = self._answered.get(request.session)
+        if last is None or last.number >= request.number:
+            try:
+                known = self._sessions.recall(request, self._answered)
+            except FsmRayError as error:
+                refusal = protocol.encode_error(error)
+                return reply(WRITE, request.number, [refusal] * len(request.operations))
+            if known is not None:
+                return known
         self._operations += len(request.operations)
         results = []
         for operation in request.operations:
@@ -209,7 +210,10 @@ class Namespace:
         key, overlay = operation.key, self._overlay
         packed = overlay[key] if key in overlay else self._records.get(key)
         packed, content = self._packer.merge(packed, operation.changes, self._version + 1)
-        self._put(key, packed)
+        if len(key) + len(packed) > self._surely_fitting_bytes:
+            self._check_size(key, packed)
+        overlay[key] = packed
+        self._version += 1
         return content
 
     def _clear(self, operation: Clear) -> bytes:
@@ -226,17 +230,21 @@ class Namespace:
         return overlay[key] if key in overlay else self._records.get(key)
 
     def _put(self, key: bytes, packed: bytes) -> None:
-        size = len(key) + len(packed)
+        if len(key) + len(packed) > self._surely_fitting_bytes:
+            self._check_size(key, packed)
+        self._overlay[key] = packed
+        self._version += 1
+
+    def _check_size(self, key: bytes, packed: bytes) -> None:
+        size = len(key) + len(self._packer.blob(packed))
         if size > self._max_record_bytes:
             raise RecordTooLarge(
-                f"the record would take {size:,} bytes, and max_record_bytes of bot {self._bot_name!r} "
-                f"is {self._max_record_bytes:,}; nothing was changed: keep less, or init with a larger limit",
+                f"the record would take {size:,} bytes, and max_record_bytes of bot {self._bot_name!r} is "
+                f"{self._max_record_bytes:,}; nothing was changed: keep less, or init with a larger limit",
                 bot=self._bot_name,
                 size_bytes=size,
                 max_record_bytes=self._max_record_bytes,
             )
-        self._overlay[key] = packed
-        self._version += 1
 
     def _check_version(self, key: bytes, expected_version: int) -> None:
         actual = record.version_of(self._current(key))

@@ -17,7 +17,7 @@ SLOTS = 4096
 
 STORE_SCHEMES = ("memory",)
 
-_BOT_NAME = re.compile(r"[A-Za-z0-9_.@-]{1,64}", re.ASCII)
+_BOT_NAME = re.compile(r"[A-Za-z0-9_@][A-Za-z0-9_.@-]{0,63}", re.ASCII)
 
 
 class BotOptions(BaseModel):
@@ -73,10 +73,12 @@ def check_bot_name(bot_name: object) -> str:
     """Return the name if a bot can have it: it becomes part of actor names, file names and metric labels.
 
     Raises:
-        InvalidBotName: it is not 1 to 64 letters, digits or `_ . @ -`.
+        InvalidBotName: it is not 1 to 64 letters, digits or `_ . @ -`, or begins with `.` or `-`.
     """
-    if isinstance(bot_name, str) and _BOT_NAME.fullmatch(bot_name):
+    if type(bot_name) is str and _BOT_NAME.fullmatch(bot_name):
         return bot_name
     raise InvalidBotName(
-        f"bot name {bot_name!r}: a bot's name is 1 to 64 letters, digits or _ . @ - (a str)", bot=bot_name
+        f"bot name {bot_name!r}: a bot's name is a str of 1 to 64 letters, digits or _ . @ - "
+        "that does not begin with . or -",
+        bot=bot_name,
     )

@@ -250,14 +250,14 @@ class ReplyDecoder:
     """
 
     def __init__(self, extension_hook: Callable[[int, memoryview], Any]) -> None:
-        def decoders(types: Iterable[Any]) -> list[Callable[[bytes | memoryview], Any]]:
+        def decoders(types: Iterable[Any]) -> list[Callable[[bytes], Any]]:
             return [msgspec.msgpack.Decoder(each, ext_hook=extension_hook).decode for each in types]
 
         self._decode = decoders(reply for _, (reply, _) in sorted(_REPLIES.items()))
         self._decode_result = decoders(result for _, (_, result) in sorted(_REPLIES.items()))
         self._decode_raw = msgspec.msgpack.Decoder(tuple[int, int, list[msgspec.Raw]]).decode
 
-    def decode(self, body: bytes | memoryview) -> tuple[int, int, Sequence[Result | FsmRayError]]:
+    def decode(self, body: bytes) -> tuple[int, int, Sequence[Result | FsmRayError]]:
         """Kind, number and results; errors of the shard are results here too, not raised."""
         kind = body[1]
         try:

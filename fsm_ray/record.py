@@ -33,7 +33,9 @@ _decode_content = msgspec.msgpack.Decoder(Content).decode
 _decode_record = msgspec.msgpack.Decoder(_Record).decode
 
 _MAX_FRONTS = 0xFFFF
-_MAX_FRONT_BYTES = 256
+MAX_FRONT_BYTES = 256
+"""The longest front that records share."""
+
 _UNSHARED = b"\x00\x00"
 
 
@@ -89,7 +91,7 @@ class Packer:
     def _head(self, flow: str | None, state: str | None) -> bytes:
         """What stands before the content, for a flow and state that were not met before."""
         front = b"\x93" + _encode(flow) + _encode(state)
-        if len(self._fronts) > _MAX_FRONTS or len(front) > _MAX_FRONT_BYTES:
+        if len(self._fronts) > _MAX_FRONTS or len(front) > MAX_FRONT_BYTES:
             return _UNSHARED + len(front).to_bytes(4, "big") + front
         number = len(self._fronts).to_bytes(2, "big")
         self._fronts.append(front)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fsm_ray.errors import OutcomeUnknown, Overloaded
+from fsm_ray.protocol import WriteRequest
 from fsm_ray.stores.base import Answered
 
 SESSION_IDLE_S = 600.0
@@ -33,13 +34,7 @@ class Sessions:
     def __len__(self) -> int:
         return len(self.answered)
 
-    def recall(
-        self,
-        session: bytes,
-        number: int,
-        is_resend: bool,  # noqa: FBT001  # as it stands in the request
-        uncommitted: Mapping[bytes, Answered],
-    ) -> bytes | None:
+    def recall(self, request: WriteRequest, uncommitted: Mapping[bytes, Answered]) -> bytes | None:
         """The reply that this request already got, or None when it is to be evaluated.
 
         `uncommitted` holds the answers of the commit that is being put together; they come first.
@@ -48,15 +43,16 @@ class Sessions:
             OutcomeUnknown: the request is older than what is remembered of its session.
             Overloaded: there is no room for a further session.
         """
+        session, number = request.session, request.number
         last = uncommitted.get(session) or self.answered.get(session)
         if last is None:
             # Number 1 of an unknown session was never evaluated: forgetting takes longer than any client
             # goes on resending.
-            if is_resend and number > 1 and self._has_forgotten:
+            if request.is_resend and number > 1 and self._has_forgotten:
                 raise OutcomeUnknown(
                     "the write was sent again after its session was forgotten: read, then decide"
                 )
-            self._make_room()
+            self._make_room(uncommitted)
             return None
         if number > last.number:
             return None
@@ -68,16 +64,17 @@ class Sessions:
         """Take over the answers of a commit."""
         self.answered.update(answered)
 
-    def _make_room(self) -> None:
+    def _make_room(self, uncommitted: Mapping[bytes, Answered]) -> None:
         """Forget what is old, now and then; refuse when there are too many all the same."""
         now_s = self._clock()
-        if now_s >= self._look_again_s or len(self.answered) >= MAX_SESSIONS:
+        new = 0 if uncommitted is self.answered else len(uncommitted)
+        if now_s >= self._look_again_s or len(self.answered) + new >= MAX_SESSIONS:
             self._look_again_s = now_s + SESSION_IDLE_S / 10
             old = [each for each, last in self.answered.items() if last.at_s <= now_s - SESSION_IDLE_S]
             for session in old:
                 del self.answered[session]
             self._has_forgotten |= bool(old)
-        if len(self.answered) >= MAX_SESSIONS:
+        if len(self.answered) + new >= MAX_SESSIONS:
             raise Overloaded(
                 f"{MAX_SESSIONS} clients wrote to this shard within {SESSION_IDLE_S:.0f} s, more than it can "
                 "remember: retry later, and keep a storage open instead of making one for each write"

@@ -8,9 +8,11 @@ stored.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Mapping
+from threading import get_ident
 from typing import Any, Literal, Self, TypeVar
 
 from fsm_ray.errors import InvalidInput, StorageClosed
@@ -23,6 +25,22 @@ from fsm_ray.routing.route import Route
 from fsm_ray.state import State
 
 T = TypeVar("T")
+
+Here = tuple[int, Callable[[], bool], dict[str, "LoopBot"]]
+"""A thread, whether its loop is running, and the bots of that loop."""
+
+_NOWHERE: Here = (0, bool, {})
+
+_forked_along: weakref.WeakSet[AsyncStorage] = weakref.WeakSet()
+"""The storages that have loops: a forked child inherits them, and must not use them."""
+
+
+def _leave_parent() -> None:
+    for storage in _forked_along:
+        storage.leave_parent()
+
+
+os.register_at_fork(after_in_child=_leave_parent)
 
 Transport = Literal["auto", "ray"]
 """How operations travel: over a socket where one leads to the shard, or always as arguments of Ray calls."""
@@ -253,8 +271,8 @@ class AsyncStorage(_Facade):
         self, address: str | None = None, *, timeout_s: float = 10.0, transport: Transport = "auto"
     ) -> None:
         super().__init__(address, timeout_s=timeout_s, transport=transport)
-        self._here: tuple[asyncio.AbstractEventLoop | None, dict[str, LoopBot]] = (None, {})
-        """The loop that was met last, and its bots: one attribute, so that threads never see half of it."""
+        # One attribute, so that threads never see half of a change.
+        self._here = _NOWHERE
         self._loops: dict[asyncio.AbstractEventLoop, dict[str, LoopBot]] = {}
         self._keepers: dict[asyncio.AbstractEventLoop, asyncio.Task[None]] = {}
 
@@ -295,8 +313,7 @@ class AsyncStorage(_Facade):
     ) -> dict[str, Any]:
         """See `Storage.update_data`."""
         bot = self._bots().get(bot_name) or await self._resolve(bot_name)
-        content: ContentView = await bot.write(bot.route.update_data(key, changes, expected_version))
-        return content.data
+        return (await bot.update_data(key, changes, expected_version)).data
 
     async def clear(self, bot_name: str, key: Hashable, *, expected_version: int | None = None) -> bool:
         """See `Storage.clear`."""
@@ -317,7 +334,7 @@ class AsyncStorage(_Facade):
     async def close(self) -> None:
         """Close the connections of all loops; operations that wait raise StorageClosed. The bots live on."""
         self._is_closed = True
-        self._here = (None, {})
+        self._here = _NOWHERE
         for loop, keeper in tuple(self._keepers.items()):
             if loop is asyncio.get_running_loop():
                 keeper.cancel()
@@ -332,25 +349,37 @@ class AsyncStorage(_Facade):
         await self.close()
 
     def _bots(self) -> dict[str, LoopBot]:
-        loop, bots = self._here
-        return bots if loop is asyncio.get_running_loop() else self._enter(asyncio.get_running_loop())
+        """The bots of the running loop.
 
-    def _enter(self, loop: asyncio.AbstractEventLoop) -> dict[str, LoopBot]:
+        Whether that is still the loop that was met last, is told by its thread and by its running: two loops
+        do not run in one thread at once. Asking asyncio costs a getpid(2) each time.
+        """
+        thread_id, is_running, bots = self._here
+        return bots if thread_id == get_ident() and is_running() else self._enter()
+
+    def _enter(self) -> dict[str, LoopBot]:
         self._check_open()
+        loop = asyncio.get_running_loop()
         bots = self._loops.get(loop)
         if bots is None:
             bots = self._loops[loop] = {}
             self._keepers[loop] = loop.create_task(self._keep(loop, bots))
-        self._here = (loop, bots)
+        self._here = (get_ident(), loop.is_running, bots)
+        _forked_along.add(self)
         return bots
+
+    def leave_parent(self) -> None:
+        """Forget the loops and connections of the process that this one was forked from."""
+        self._here = _NOWHERE
+        self._loops, self._keepers = {}, {}
 
     async def _keep(self, loop: asyncio.AbstractEventLoop, bots: dict[str, LoopBot]) -> None:
         """Close the loop's connections when the loop ends, which cancels its tasks, or the storage closes."""
         try:
             await asyncio.Event().wait()
         finally:
-            if self._here[0] is loop:
-                self._here = (None, {})
+            if self._here[2] is bots:
+                self._here = _NOWHERE
             del self._loops[loop], self._keepers[loop]
             for bot in bots.values():
                 bot.close(_closed)

@@ -305,6 +305,53 @@ def test_a_forked_process_that_would_need_ray_is_told_so(storage: Storage, bot_n
     assert "forked" in receiver.recv()
 
 
+@pytest.mark.usefixtures("shards_here")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+async def test_an_async_storage_survives_a_fork_out_of_its_running_loop(
+    storage: Storage, bot_name: str
+) -> None:
+    storage.init(bot_name)
+    async with AsyncStorage() as shared:
+        await shared.init(bot_name)
+        await shared.update_data(bot_name, KEY, {"parent": 1})
+
+        async def work() -> None:
+            await asyncio.gather(*(shared.update_data(bot_name, KEY, {f"child-{n}": n}) for n in range(50)))
+
+        def child() -> None:
+            asyncio.events._set_running_loop(None)
+            asyncio.run(work())
+
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        await asyncio.gather(*(shared.update_data(bot_name, KEY, {f"parent-{n}": n}) for n in range(50)))
+        await asyncio.get_running_loop().run_in_executor(None, process.join, DEADLINE_S)
+
+        assert process.exitcode == 0
+        assert len(await shared.get_data(bot_name, KEY) or {}) == 101
+
+
+async def test_loops_that_take_turns_in_one_thread_each_have_connections(
+    storage: Storage, bot_name: str
+) -> None:
+    storage.init(bot_name)
+    shared = AsyncStorage()
+
+    def take_turns() -> int:
+        loops = [asyncio.new_event_loop() for _ in range(2)]
+        for number in range(6):
+            loops[number % 2].run_until_complete(shared.update_data(bot_name, KEY, {str(number): number}))
+        data = loops[0].run_until_complete(shared.get_data(bot_name, KEY))
+        for loop in loops:
+            for task in asyncio.all_tasks(loop):
+                task.cancel()
+                loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
+            loop.close()
+        return len(data or {})
+
+    assert await asyncio.get_running_loop().run_in_executor(None, take_turns) == 6
+
+
 def test_asyncio_run_twice_in_one_process_just_works(storage: Storage, bot_name: str) -> None:
     storage.init(bot_name)
     shared = AsyncStorage()
@@ -575,7 +622,7 @@ def test_a_write_whose_answer_was_lost_takes_effect_once(storage: Storage, bot_n
     version = storage.set_data(bot_name, KEY, {})
 
     class LosesOneAnswer:
-        def exchange(self, request: bytes) -> bytes | memoryview:
+        def exchange(self, request: bytes) -> bytes:
             assert connection is not None
             connection.exchange(request)
             connection.close()

@@ -46,7 +46,7 @@ class EchoClient(FrameProtocol):
             lane.close()
         self._give_up()
 
-    def frame_received(self, body: memoryview) -> None:
+    def frame_received(self, body: bytes) -> None:
         lane = self.lanes[body[1]]
         number, operations = lane.request_under_way
         lane.answered(number, [None] * operations)

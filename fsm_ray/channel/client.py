@@ -31,9 +31,7 @@ def addresses(endpoint: Endpoint, node_id: str) -> Iterator[Address]:
 class ClientConnection(FrameProtocol):
     """A connection of the running loop. Replies go to `on_reply`, the end of it to `on_lost`, once."""
 
-    def __init__(
-        self, secret: bytes, on_reply: Callable[[memoryview], None], on_lost: Callable[[], None]
-    ) -> None:
+    def __init__(self, secret: bytes, on_reply: Callable[[bytes], None], on_lost: Callable[[], None]) -> None:
         super().__init__()
         self.max_frame_bytes = MAX_HANDSHAKE_BYTES
         self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -64,10 +62,10 @@ class ClientConnection(FrameProtocol):
         else:
             self.opened.set_exception(exc or HandshakeFailed("the shard closed the connection"))
 
-    def frame_received(self, body: memoryview) -> None:
+    def frame_received(self, body: bytes) -> None:
         # Once the connection is open, this method is replaced by `on_reply` itself.
         try:
-            self._shake_hands(bytes(body))
+            self._shake_hands(body)
         except Exception as error:  # noqa: BLE001  # whatever it is, the caller of open_connection gets it
             if not self.opened.done():
                 self.opened.set_exception(error)
@@ -75,7 +73,7 @@ class ClientConnection(FrameProtocol):
 
     def malformed(self, error: Exception) -> None:
         if not self.opened.done():
-            self.opened.set_exception(error)
+            self.opened.set_exception(HandshakeFailed(f"what listens there is no fsm_ray shard: {error}"))
         if self._transport is not None:
             self._transport.abort()
 
@@ -92,7 +90,7 @@ class ClientConnection(FrameProtocol):
 
 
 async def open_connection(
-    address: Address, secret: bytes, on_reply: Callable[[memoryview], None], on_lost: Callable[[], None]
+    address: Address, secret: bytes, on_reply: Callable[[bytes], None], on_lost: Callable[[], None]
 ) -> ClientConnection:
     """Connect and shake hands.
 
@@ -153,7 +151,7 @@ class BlockingConnection:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
-    def exchange(self, request: bytes) -> bytes | memoryview:
+    def exchange(self, request: bytes) -> bytes:
         """Send one frame and return the next that comes.
 
         Raises:
@@ -166,11 +164,11 @@ class BlockingConnection:
     def close(self) -> None:
         self._socket.close()
 
-    def _receive(self) -> bytes | memoryview:
+    def _receive(self) -> bytes:
         data = self._recv(65_536)
         length = int.from_bytes(data[:4], "little")
         if len(data) - 4 == length:
-            return memoryview(data)[4:]
+            return data[4:]
         rest = bytearray(data)
         while len(rest) < 4 or len(rest) - 4 < length:  # noqa: PLR2004  # bytes of the length
             if not data:
@@ -186,8 +184,12 @@ class BlockingConnection:
 
     def _shake_hands(self, secret: bytes) -> None:
         self._socket.settimeout(HANDSHAKE_TIMEOUT_S)
-        response, expected_proof = handshake.respond(secret, bytes(self._receive()))
-        if bytes(self.exchange(frame(response))) != expected_proof:
+        try:
+            response, expected_proof = handshake.respond(secret, self._receive())
+            proof = self.exchange(frame(response))
+        except FrameTooLong as error:
+            raise HandshakeFailed(f"what listens there is no fsm_ray shard: {error}") from error
+        if proof != expected_proof:
             raise HandshakeFailed("the shard does not know its secret")
 
 

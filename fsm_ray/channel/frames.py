@@ -6,7 +6,7 @@ import asyncio
 
 
 class FrameTooLong(Exception):
-    """Raised when a peer announces a frame longer than it may send."""
+    """Raised, or told, when a peer announces a frame longer than it may send."""
 
 
 class FrameProtocol(asyncio.Protocol):
@@ -17,36 +17,59 @@ class FrameProtocol(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._partial = bytearray()
+        self._is_held = False
+        self._is_cutting = False
 
-    def frame_received(self, body: memoryview) -> None:
-        """Take one frame. The view is of memory that nobody changes later."""
+    def frame_received(self, body: bytes) -> None:
+        """Take one frame."""
         raise NotImplementedError
 
     def malformed(self, error: Exception) -> None:
         """Take note that the peer breaks the rules; nothing more of this stream is read."""
         raise NotImplementedError
 
+    def hold(self) -> None:
+        """Hand out no more frames until `go_on`; what arrives is kept."""
+        self._is_held = True
+
+    def go_on(self) -> None:
+        """Hand out what was held back, as far as nobody holds it again."""
+        self._is_held = False
+        self._cut()
+
     def data_received(self, data: bytes) -> None:
         # Nearly always, what arrives is one whole frame.
-        if not self._partial and len(data) - 4 == int.from_bytes(data[:4], "little") <= self.max_frame_bytes:
-            self.frame_received(memoryview(data)[4:])
+        if (
+            len(data) - 4 == int.from_bytes(data[:4], "little") <= self.max_frame_bytes
+            and not self._partial
+            and not self._is_held
+        ):
+            self.frame_received(data[4:])
             return
         self._partial += data
-        try:
-            self._cut()
-        except FrameTooLong as error:
-            self.malformed(error)
+        self._cut()
 
     def _cut(self) -> None:
+        if not self._is_cutting:  # else the loop below goes on by itself
+            self._is_cutting = True
+            try:
+                self._hand_out()
+            finally:
+                self._is_cutting = False
+
+    def _hand_out(self) -> None:
         start, end = 0, len(self._partial)
-        while end - start >= 4:  # noqa: PLR2004  # bytes of the length
+        while end - start >= 4 and not self._is_held:  # noqa: PLR2004  # bytes of the length
             length = int.from_bytes(self._partial[start : start + 4], "little")
             if length > self.max_frame_bytes:
                 self._partial.clear()
-                raise FrameTooLong(f"a frame of {length:,} bytes; at most {self.max_frame_bytes:,} are taken")
+                self.malformed(
+                    FrameTooLong(f"a frame of {length:,} bytes; at most {self.max_frame_bytes:,} are taken")
+                )
+                return
             if end - start - 4 < length:
                 break
-            body = memoryview(bytes(self._partial[start + 4 : start + 4 + length]))
+            body = bytes(self._partial[start + 4 : start + 4 + length])
             start += 4 + length
             self.frame_received(body)
         del self._partial[:start]

@@ -6,9 +6,11 @@ A peer that breaks the rules loses its connection, with one line in the log; nob
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
+import socket
 import stat
 import tempfile
 from collections.abc import Callable
@@ -55,10 +57,10 @@ class ServerConnection(FrameProtocol):
         self._transport = None
         self._server.connections.discard(self)
 
-    def frame_received(self, body: memoryview) -> None:
+    def frame_received(self, body: bytes) -> None:
         # After the handshake, `_serve` takes the place of this method.
         try:
-            self._welcome(bytes(body))
+            self._welcome(body)
         except HandshakeFailed as error:
             self.malformed(error)
 
@@ -69,12 +71,14 @@ class ServerConnection(FrameProtocol):
             self._transport = None
 
     def pause_writing(self) -> None:
-        # A client that does not read its replies is not read from either: what waits for it stays bounded.
+        # Who does not read replies is not served, and not read from: what waits for it stays bounded.
+        self.hold()
         if self._transport is not None:
             self._transport.pause_reading()
 
     def resume_writing(self) -> None:
-        if self._transport is not None:
+        self.go_on()
+        if self._transport is not None and not self._is_held:
             self._transport.resume_reading()
 
     def close(self) -> None:
@@ -89,7 +93,7 @@ class ServerConnection(FrameProtocol):
             self.max_frame_bytes = MAX_FRAME_BYTES
             self._transport.write(frame(proof))
 
-    def _serve(self, body: memoryview) -> None:
+    def _serve(self, body: bytes) -> None:
         transport = self._transport
         if transport is None:
             return
@@ -110,7 +114,7 @@ class ServerConnection(FrameProtocol):
 class Server:
     """Listens for the clients of one shard. A connection belongs to the loop that `listen_*` ran in."""
 
-    def __init__(self, handle: Callable[[bytes | memoryview, Answer], bytes | None]) -> None:
+    def __init__(self, handle: Callable[[bytes, Answer], bytes | None]) -> None:
         """`handle` takes a request and returns its reply, or None and calls back with it later."""
         self.handle = handle
         self.secret = secrets.token_bytes(32)
@@ -127,14 +131,13 @@ class Server:
                 "allows: set TMPDIR to a shorter directory on all nodes"
             )
         path.unlink(missing_ok=True)
-        # The umask keeps others out from the first moment; asyncio offers no mode for the socket.
-        umask = os.umask(0o177)
-        try:
-            listener = await asyncio.get_running_loop().create_unix_server(
-                lambda: ServerConnection(self), str(path)
-            )
-        finally:
-            os.umask(umask)
+        # Until it has its mode, the directory keeps others out.
+        unix_socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        unix_socket.bind(str(path))
+        path.chmod(0o600)
+        listener = await asyncio.get_running_loop().create_unix_server(
+            lambda: ServerConnection(self), sock=unix_socket
+        )
         self._listeners.append(listener)
         self._unix_path = path
         return str(path)
@@ -163,7 +166,8 @@ def socket_directory() -> Path:
         ConfigurationError: somebody else owns it, or others may enter.
     """
     directory = Path(tempfile.gettempdir()) / f"fsm_ray-{os.getuid()}"
-    directory.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ConfigurationError(

@@ -45,8 +45,8 @@ def encode_data(data: Mapping[str, Any], *, allow_pickle: bool) -> bytes:
     """
     try:
         if type(data) is dict:
-            for name, value in data.items():
-                if type(name) is not str or (type(value) not in _PLAIN and not _is_plain(value, 1)):
+            for name in data:
+                if type(name) is not str or (type(data[name]) not in _PLAIN and not _is_plain(data[name], 1)):
                     break
             else:
                 return _encode(data)

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 class Connection(Protocol):
     """What carries a request to a shard and brings its reply."""
 
-    def exchange(self, request: bytes) -> bytes | memoryview: ...
+    def exchange(self, request: bytes) -> bytes: ...
     def set_timeout(self, timeout_s: float) -> None: ...
     def close(self) -> None: ...
 
@@ -43,7 +43,7 @@ class BlockingRayCall:
         self._handle = handle
         self._timeout_s = timeout_s
 
-    def exchange(self, request: bytes) -> memoryview:
+    def exchange(self, request: bytes) -> bytes:
         try:
             call: Any = self._handle.exchange.remote(request)
             reply: bytes = ray.get(call, timeout=self._timeout_s)
@@ -51,7 +51,7 @@ class BlockingRayCall:
             raise BlockingIOError(str(error)) from error
         except RayError as error:
             raise ConnectionResetError(str(error)) from error
-        return memoryview(reply)[4:]
+        return reply[4:]
 
     def set_timeout(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -125,7 +125,7 @@ class BlockingShard:
             raise protocol.error_of(result)
         return result
 
-    def _exchange(self, kind: int, request: Callable[[bool], bytes]) -> bytes | memoryview:
+    def _exchange(self, kind: int, request: Callable[[bool], bytes]) -> bytes:
         """The reply to the request, sent again over new connections until `timeout_s` is over."""
         if self._pid != os.getpid():
             self._leave_parent()

@@ -13,7 +13,7 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ray.actor import ActorHandle
@@ -23,8 +23,10 @@ from fsm_ray import protocol
 from fsm_ray.actor import NamespaceActor
 from fsm_ray.channel.client import addresses, open_connection
 from fsm_ray.channel.handshake import HandshakeFailed
-from fsm_ray.errors import FsmRayError, NamespaceUnavailable
+from fsm_ray.codec import encode_key
+from fsm_ray.errors import FsmRayError, NamespaceUnavailable, OutcomeUnknown
 from fsm_ray.protocol import (
+    BIN8,
     GOOD_RESULTS,
     MAX_FRAME_BYTES,
     MAX_OPERATIONS,
@@ -41,6 +43,10 @@ from fsm_ray.routing.directory import Directory, retry_delay_s
 from fsm_ray.routing.route import Addressed, Route
 
 logger = logging.getLogger(__name__)
+
+_ENOUGH = 8
+"""Operations that are sent without waiting for more, if none are under way: client and shard then work at the
+same time. Measured with 16 and 256 tasks, against 4, 12, 16, 24, 64 and waiting for all."""
 
 _MAX_REQUEST_BYTES = MAX_FRAME_BYTES // 2
 """Of operations; the rest leaves room for a single one that is larger, and for the request's head."""
@@ -60,7 +66,7 @@ class RayCallConnection:
     def __init__(
         self,
         handle: ActorHandle[NamespaceActor],
-        on_reply: Callable[[memoryview], None],
+        on_reply: Callable[[bytes], None],
         on_lost: Callable[[], None],
     ) -> None:
         self._handle = handle
@@ -86,7 +92,7 @@ class RayCallConnection:
             self.close()
             self._on_lost()
         else:
-            self._on_reply(memoryview(reply)[4:])
+            self._on_reply(reply[4:])
 
 
 class Lane:
@@ -145,6 +151,9 @@ class Lane:
                 # The last request carried several operations: let every task that is ready add its own.
                 self._is_idle = False
                 self._loop.call_soon(self._flush)
+        elif len(self._operations) == _ENOUGH and not self._sent_futures:
+            # Enough to begin with: the shard works on them while the other tasks add theirs.
+            self._flush()
         elif self._send is None:
             self._arm()
             self._wake()
@@ -161,6 +170,7 @@ class Lane:
     def disconnected(self) -> None:
         self._send = None
         self._is_idle = False
+        self._arm()
 
     def answered(self, number: int, results: Sequence[Result | FsmRayError]) -> None:
         """Hand out the results of the request under way."""
@@ -182,15 +192,19 @@ class Lane:
         else:
             self._is_idle = self._send is not None
 
-    def fail(self, error: Callable[[], FsmRayError]) -> None:
-        """Give every operation this error: there is no sense in waiting on."""
-        futures = self._sent_futures + self._futures
+    def fail(
+        self, error: Callable[[], FsmRayError], of_write_under_way: Callable[[], FsmRayError] | None = None
+    ) -> None:
+        """Give every operation this error, or a write under way its own: there is no sense in waiting on."""
+        sent, waiting = self._sent_futures, self._futures
         self._sent_futures = []
         self._operations, self._futures, self._called_at = [], [], []
-        _fail(futures, error)
+        _fail(sent, of_write_under_way or error if self._kind == WRITE else error)
+        _fail(waiting, error)
 
     def close(self) -> None:
-        self.disconnected()
+        self._send = None
+        self._is_idle = False
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -302,9 +316,11 @@ class Shard:
             self._connection.close()
             self._connection = None
 
-    def fail(self, error: Callable[[], FsmRayError]) -> None:
+    def fail(
+        self, error: Callable[[], FsmRayError], of_write_under_way: Callable[[], FsmRayError] | None = None
+    ) -> None:
         for lane in self.lanes:
-            lane.fail(error)
+            lane.fail(error, of_write_under_way)
 
     def _connect(self) -> None:
         if self._connecting is None:
@@ -360,7 +376,7 @@ class Shard:
             self._shard, self._timeout_s, self._trouble, outcome_unknown=outcome_unknown
         )
 
-    def _on_reply(self, body: memoryview) -> None:
+    def _on_reply(self, body: bytes) -> None:
         kind, number, results = self._decode(body)
         self.lanes[kind].answered(number, results)
 
@@ -389,7 +405,8 @@ class LoopBot:
     ) -> None:
         """`on_gone` is called when the bot turns out to be gone: this object is of no further use."""
         self.route = route
-        self._read = route.read
+        self._is_single = route.options.shards == 1
+        self._encode_update = route.update_data
         self._shards = [
             Shard(directory, route, shard, timeout_s, on_gone, by_socket=by_socket)
             for shard in range(route.options.shards)
@@ -404,18 +421,34 @@ class LoopBot:
         shard, operation = addressed
         return self._writes[shard](operation)
 
+    def update_data(
+        self, key: Hashable, changes: Mapping[str, Any], expected_version: int | None
+    ) -> asyncio.Future[ContentView]:
+        """The future of the merged content."""
+        shard, operation = self._encode_update(key, changes, expected_version)
+        return self._writes[shard](operation)
+
     def read_content(self, key: Hashable) -> asyncio.Future[ContentView | None]:
         """The future of what is under the key, flow and state left out."""
-        shard, operation = self._read(key)
-        return self._content_reads[shard](operation)
+        # As `Route.read`, written out: this is what bots do most.
+        encoded = encode_key(key)
+        length = len(encoded)
+        operation = BIN8[length] + encoded if length < len(BIN8) else protocol.read(encoded)
+        return self._content_reads[0 if self._is_single else self.route.shard_of(encoded)](operation)
 
     def read_record(self, key: Hashable) -> asyncio.Future[RecordView | None]:
         """The future of what is under the key."""
-        shard, operation = self._read(key)
+        shard, operation = self.route.read(key)
         return self._record_reads[shard](operation)
 
     def close(self, error: Callable[[], FsmRayError]) -> None:
         """End the connections; operations that wait get this error."""
         for shard in self._shards:
             shard.close()
-            shard.fail(error)
+            shard.fail(error, _closed_under_way)
+
+
+def _closed_under_way() -> OutcomeUnknown:
+    return OutcomeUnknown(
+        "the storage was closed while a write was under way: it may or may not have taken effect"
+    )

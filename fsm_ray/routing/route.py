@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Hashable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from fsm_ray import protocol
 from fsm_ray.codec import encode_data, encode_key, extension_hook
@@ -55,41 +55,47 @@ class Route:
         return 0 if self._is_single else self.shard_of(encoded), operation
 
     def set_record(self, key: Hashable, state: State, expected_version: int | None) -> Addressed:
-        if not isinstance(state, State):
-            raise InvalidState(
-                f"set_state takes a fsm_ray.State, not {type(state).__name__}: State(state={state!r})",
-                bot=self.bot_name,
-                key=key,
-            )
-        encoded = encode_key(key)
-        data = encode_data(state.data, allow_pickle=self._allow_pickle)
-        _check_version(expected_version)
-        return self._write(
-            encoded, protocol.set_record(encoded, state.flow, state.state, data, expected_version)
-        )
+        try:
+            if not isinstance(state, State):
+                raise InvalidState(
+                    f"set_state takes a fsm_ray.State, not {type(state).__name__}: State(state={state!r})"
+                )
+            encoded = encode_key(key)
+            data = encode_data(state.data, allow_pickle=self._allow_pickle)
+            _check_version(expected_version)
+            operation = protocol.set_record(encoded, state.flow, state.state, data, expected_version)
+            return self._bounded(encoded, data, operation)
+        except InvalidInput as error:
+            raise self._about(error, key)  # noqa: B904  # the same error, with more facts
 
     def set_data(self, key: Hashable, data: Mapping[str, Any], expected_version: int | None) -> Addressed:
-        encoded = encode_key(key)
-        values = encode_data(data, allow_pickle=self._allow_pickle)
-        _check_version(expected_version)
-        return self._write(encoded, protocol.set_data(encoded, values, expected_version))
+        try:
+            encoded = encode_key(key)
+            values = encode_data(data, allow_pickle=self._allow_pickle)
+            _check_version(expected_version)
+            return self._bounded(encoded, values, protocol.set_data(encoded, values, expected_version))
+        except InvalidInput as error:
+            raise self._about(error, key)  # noqa: B904  # the same error, with more facts
 
     def update_data(
         self, key: Hashable, changes: Mapping[str, Any], expected_version: int | None
     ) -> Addressed:
-        encoded = encode_key(key)
-        values = encode_data(changes, allow_pickle=self._allow_pickle)
-        if expected_version is not None:
-            _check_version(expected_version)
-        operation = protocol.update_data(encoded, values, expected_version)
-        if len(operation) > self._max_record_bytes:
-            self._refuse(operation)
-        return 0 if self._is_single else self.shard_of(encoded), operation
+        try:
+            encoded = encode_key(key)
+            values = encode_data(changes, allow_pickle=self._allow_pickle)
+            if expected_version is not None:
+                _check_version(expected_version)
+            return self._bounded(encoded, values, protocol.update_data(encoded, values, expected_version))
+        except InvalidInput as error:
+            raise self._about(error, key)  # noqa: B904  # the same error, with more facts
 
     def clear(self, key: Hashable, expected_version: int | None) -> Addressed:
-        encoded = encode_key(key)
-        _check_version(expected_version)
-        return self._write(encoded, protocol.clear(encoded, expected_version))
+        try:
+            encoded = encode_key(key)
+            _check_version(expected_version)
+        except InvalidInput as error:
+            raise self._about(error, key)  # noqa: B904  # the same error, with more facts
+        return 0 if self._is_single else self.shard_of(encoded), protocol.clear(encoded, expected_version)
 
     def check_options(self, options: BotOptions) -> None:
         """Refuse a shard of other options: the bot was dropped and made again since this route was."""
@@ -118,21 +124,21 @@ class Route:
         """The shard that has this encoded key."""
         return slot_of(key) * self._shards // SLOTS
 
-    def _write(self, key: bytes, operation: bytes) -> Addressed:
-        if len(operation) > self._max_record_bytes:
-            self._refuse(operation)
+    def _bounded(self, key: bytes, data: bytes, operation: bytes) -> Addressed:
+        if len(key) + len(data) > self._max_record_bytes:
+            # The shard has the exact check; this one keeps off the channel what cannot fit.
+            size = len(key) + len(data)
+            raise RecordTooLarge(
+                f"key and data take {size:,} bytes, and max_record_bytes of bot {self.bot_name!r} is "
+                f"{self._max_record_bytes:,}; nothing was changed: keep less, or init with a larger limit",
+                size_bytes=size,
+                max_record_bytes=self._max_record_bytes,
+            )
         return 0 if self._is_single else self.shard_of(key), operation
 
-    def _refuse(self, operation: bytes) -> NoReturn:
-        """Keep off the channel what cannot fit; the shard has the exact check."""
-        raise RecordTooLarge(
-            f"the operation takes {len(operation):,} bytes, and max_record_bytes of bot "
-            f"{self.bot_name!r} is {self._max_record_bytes:,}; nothing was changed: keep less, "
-            "or init with a larger limit",
-            bot=self.bot_name,
-            size_bytes=len(operation),
-            max_record_bytes=self._max_record_bytes,
-        )
+    def _about(self, error: InvalidInput, key: Hashable) -> InvalidInput:
+        error.bot, error.key = self.bot_name, key
+        return error
 
 
 def _check_version(expected_version: int | None) -> None:
