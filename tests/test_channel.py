@@ -358,6 +358,66 @@ class TestFrames:
         assert collector.bodies == [b"one", b"two", b"three", b"four"]
 
 
+class TestHolding:
+    """A protocol that is held hands out nothing; what arrives meanwhile is kept."""
+
+    @pytest.mark.parametrize("piece_size", [1, 5, 1000])
+    def test_frames_that_come_while_it_is_held_are_handed_out_afterwards(self, piece_size: int) -> None:
+        collector = Collector()
+        stream = frame(b"one") + frame(b"two") + frame(b"three")[:-1]
+        collector.hold()
+        for start in range(0, len(stream), piece_size):
+            collector.data_received(stream[start : start + piece_size])
+        while_held = list(collector.bodies)
+        collector.go_on()
+        afterwards = list(collector.bodies)
+        collector.data_received(b"e" + frame(b"four"))
+
+        assert while_held == []
+        assert afterwards == [b"one", b"two"]
+        assert collector.bodies == [b"one", b"two", b"three", b"four"]
+
+    def test_it_may_be_held_by_each_frame_that_it_hands_out(self) -> None:
+        class Holding(Collector):
+            def frame_received(self, body: bytes) -> None:
+                super().frame_received(body)
+                self.hold()
+
+        holding = Holding()
+        holding.data_received(b"".join(map(frame, (b"one", b"two", b"three"))))
+        counts = [len(holding.bodies)]
+        for _ in range(3):
+            holding.go_on()
+            counts.append(len(holding.bodies))
+        holding.data_received(frame(b"four"))
+        counts.append(len(holding.bodies))
+
+        assert counts == [1, 2, 3, 3, 4]
+        assert holding.bodies == [b"one", b"two", b"three", b"four"]
+
+    def test_it_may_be_held_and_go_on_within_one_frame(self) -> None:
+        class Flickering(Collector):
+            def frame_received(self, body: bytes) -> None:
+                super().frame_received(body)
+                self.hold()
+                self.go_on()
+
+        flickering = Flickering()
+        flickering.data_received(b"".join(map(frame, (b"one", b"two", b"three"))))
+
+        assert flickering.bodies == [b"one", b"two", b"three"]
+
+    def test_a_frame_too_long_is_refused_when_its_turn_comes(self) -> None:
+        collector = Collector(max_frame_bytes=10)
+        collector.hold()
+        collector.data_received(frame(b"good") + frame(b"x" * 11))
+        while_held = list(collector.errors)
+        collector.go_on()
+
+        assert while_held == []
+        assert (len(collector.bodies), len(collector.errors)) == (1, 1)
+
+
 class TestExchange:
     @pytest.mark.parametrize("size", SIZES)
     async def test_a_loop_gets_its_reply(self, loop_client: LoopClient, size: int) -> None:

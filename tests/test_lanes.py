@@ -225,6 +225,20 @@ class TestBatches:
 
         assert connection.keys == [[b"a"], [b"b", b"c"], [b"d", b"e", b"f"]]
 
+    async def test_enough_operations_are_sent_without_waiting_for_more(self, rig: Rig) -> None:
+        connection = rig.connect()
+        rig.submit(b"a", b"b", b"c")
+        rig.answer(connection)
+        rig.answer(connection)
+        keys = [b"%d" % number for number in range(lanes._ENOUGH + 2)]
+        futures = rig.submit(*keys)
+        at_once = connection.keys[-1]
+        await rig.finish(connection)
+
+        assert at_once == keys[: lanes._ENOUGH]
+        assert connection.keys[2:] == [keys[: lanes._ENOUGH], keys[lanes._ENOUGH :]]
+        assert outcomes(futures) == answers_to(*keys)
+
     async def test_after_a_lone_one_operations_are_sent_at_once_again(self, rig: Rig) -> None:
         connection = rig.connect()
         rig.submit(b"a")
