@@ -311,6 +311,14 @@ class TestFrames:
         assert collector.bodies == bodies
         assert collector.errors == []
 
+    def test_a_piece_that_looks_like_a_frame_is_taken_for_what_it_is(self) -> None:
+        collector = Collector()
+        outer = frame(frame(b"inner"))
+        collector.data_received(outer[:4])
+        collector.data_received(outer[4:])
+
+        assert collector.bodies == [frame(b"inner")]
+
     def test_a_frame_that_is_not_whole_yet_is_not_given(self) -> None:
         collector = Collector()
         collector.data_received(frame(b"body")[:-1])
@@ -376,6 +384,15 @@ class TestHolding:
         assert while_held == []
         assert afterwards == [b"one", b"two"]
         assert collector.bodies == [b"one", b"two", b"three", b"four"]
+
+    def test_a_frame_that_comes_whole_while_it_is_held_is_handed_out_afterwards(self) -> None:
+        collector = Collector()
+        collector.hold()
+        collector.data_received(frame(b"one"))
+        while_held = list(collector.bodies)
+        collector.go_on()
+
+        assert (while_held, collector.bodies) == ([], [b"one"])
 
     def test_it_may_be_held_by_each_frame_that_it_hands_out(self) -> None:
         class Holding(Collector):
@@ -853,6 +870,20 @@ class TestBackPressure:
         running.until(lambda: running.requests and not running.transport.is_reading())
 
         assert running.call(running.transport.get_write_buffer_size) < 1 << 20
+
+    def test_a_client_that_reads_a_little_is_not_read_from_before_it_has_read_enough(
+        self, running: RunningServer, peer: Peer
+    ) -> None:
+        running.respond = lambda _, __: frame(self.REPLY)
+        peer.shake_hands(running.secret)
+        peer.send(frame(b"?") * 1000)
+        running.until(lambda: running.requests and not running.transport.is_reading())
+        replies = [peer.receive() for _ in range(200)]
+        sent = self.send_until_refused(running, peer)
+        replies += [peer.receive() for _ in range(800 + sent)]
+
+        assert sent < self.ENDLESS
+        assert replies == [self.REPLY] * (1000 + sent)
 
     def send_until_refused(self, running: RunningServer, peer: Peer) -> int:
         """Send requests until the server does not read and the system's buffers are full; return how many."""

@@ -356,6 +356,16 @@ class TestSizes:
         assert connection.keys == [[b"first"], [b"a", b"b"], [b"x" * 600], [b"c", b"d"]]
 
 
+    async def test_many_operations_travel_in_two_halves_so_that_client_and_shard_work_at_once(
+        self, rig: Rig
+    ) -> None:
+        connection = rig.connect()
+        rig.submit(b"first", *(b"%d" % number for number in range(20)))
+        await rig.finish(connection)
+
+        assert [len(keys) for keys in connection.keys] == [1, 11, 9]
+
+
 class TestResults:
     async def test_an_error_of_the_shard_is_raised(self, writes: Rig) -> None:
         connection = writes.connect()
@@ -431,6 +441,20 @@ class TestConnecting:
 
         assert lost.requests == []
         assert rig.wakes == 1
+
+    async def test_an_operation_after_the_last_answer_of_a_lost_connection_asks_for_a_new_one(
+        self, rig: Rig
+    ) -> None:
+        lost = rig.connect()
+        rig.submit(b"a")
+        rig.lane.disconnected()
+        rig.answer(lost)
+        (future,) = rig.submit(b"b")
+        wakes = rig.wakes
+        rig.answer(rig.connect())
+
+        assert wakes == 1
+        assert await future == answer_to(b"b")
 
     async def test_operations_that_met_the_loss_of_the_connection_are_sent_over_the_next(
         self, rig: Rig
@@ -794,6 +818,19 @@ class TestLoopBot:
         bot.close(lambda: StorageClosed("closed"))
 
         assert outcomes(futures) == [OutcomeUnknown, StorageClosed]
+
+    async def test_reads_under_way_as_the_storage_closes_are_told_that_it_closed(
+        self, clock: FakeClock
+    ) -> None:
+        bot = LoopBot(
+            Directory(None, TIMEOUT_S), Route("my_bot", BotOptions()), TIMEOUT_S, lambda: None, by_socket=True
+        )
+        for lane in bot._shards[0].lanes:
+            lane.connected(FakeConnection())
+        futures: list[asyncio.Future[Any]] = [bot.read_content("a"), bot.read_record("a")]
+        bot.close(lambda: StorageClosed("closed"))
+
+        assert outcomes(futures) == [StorageClosed, StorageClosed]
 
 
 class ShardConnection:

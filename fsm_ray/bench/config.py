@@ -41,7 +41,7 @@ class BenchConfig:
     """How often each is measured; the tables show medians over the rounds."""
     shards: int = 1
     """Shards of fsm_ray's bots."""
-    memory_conversations: int = 100_000
+    memory_conversations: int = 1_000_000
     """Conversations loaded to weigh one; 0 skips the part."""
     sizes: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)
     """Numbers of conversations for which an operation of fsm_ray is timed; none skips the part."""

@@ -126,7 +126,7 @@ class Lane:
         self._send: Callable[[bytes], None] | None = None
         # Connected, nothing under way, and no flush scheduled.
         self._is_idle = False
-        self._was_alone = True
+        self._last_count = 1
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -145,7 +145,7 @@ class Lane:
         self._futures.append(future)
         self._called_at.append(self._now())
         if self._is_idle:
-            if self._was_alone:
+            if self._last_count == 1:
                 self._flush()
             else:
                 # The last request carried several operations: let every task that is ready add its own.
@@ -178,7 +178,7 @@ class Lane:
         if number != self._number or not futures:
             return  # its operations were given up when their time was over
         self._sent_futures = []
-        self._was_alone = len(futures) == 1
+        self._last_count = len(futures)
         for future, result in zip(futures, results, strict=True):
             try:
                 if type(result) in GOOD_RESULTS:
@@ -218,7 +218,11 @@ class Lane:
             self._is_idle = True
             return
         self._is_idle = False
-        if len(operations) == 1 or (count := _fitting(operations)) == len(operations):
+        # About half of all that is going on, so that there are two halves: the shard has the one while the
+        # client has the other. All in one request, each would wait for the other to be done with it.
+        half = (len(operations) + self._last_count + 1) // 2
+        count = 1 if len(operations) == 1 else _fitting(operations[: max(half, _ENOUGH)])
+        if count == len(operations):
             self._sent_operations, self._sent_futures = operations, self._futures
             self._sent_called_at = self._called_at
             self._operations, self._futures, self._called_at = [], [], []

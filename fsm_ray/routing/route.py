@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from fsm_ray import protocol
 from fsm_ray.codec import encode_data, encode_key, extension_hook
@@ -85,9 +85,12 @@ class Route:
             values = encode_data(changes, allow_pickle=self._allow_pickle)
             if expected_version is not None:
                 _check_version(expected_version)
-            return self._bounded(encoded, values, protocol.update_data(encoded, values, expected_version))
+            if len(encoded) + len(values) > self._max_record_bytes:
+                self._refuse(len(encoded) + len(values))
         except InvalidInput as error:
             raise self._about(error, key)  # noqa: B904  # the same error, with more facts
+        shard = 0 if self._is_single else self.shard_of(encoded)
+        return shard, protocol.update_data(encoded, values, expected_version)
 
     def clear(self, key: Hashable, expected_version: int | None) -> Addressed:
         try:
@@ -126,15 +129,17 @@ class Route:
 
     def _bounded(self, key: bytes, data: bytes, operation: bytes) -> Addressed:
         if len(key) + len(data) > self._max_record_bytes:
-            # The shard has the exact check; this one keeps off the channel what cannot fit.
-            size = len(key) + len(data)
-            raise RecordTooLarge(
-                f"key and data take {size:,} bytes, and max_record_bytes of bot {self.bot_name!r} is "
-                f"{self._max_record_bytes:,}; nothing was changed: keep less, or init with a larger limit",
-                size_bytes=size,
-                max_record_bytes=self._max_record_bytes,
-            )
+            self._refuse(len(key) + len(data))
         return 0 if self._is_single else self.shard_of(key), operation
+
+    def _refuse(self, size: int) -> NoReturn:
+        """Keep off the channel what cannot fit; the shard has the exact check."""
+        raise RecordTooLarge(
+            f"key and data take {size:,} bytes, and max_record_bytes of bot {self.bot_name!r} is "
+            f"{self._max_record_bytes:,}; nothing was changed: keep less, or init with a larger limit",
+            size_bytes=size,
+            max_record_bytes=self._max_record_bytes,
+        )
 
     def _about(self, error: InvalidInput, key: Hashable) -> InvalidInput:
         error.bot, error.key = self.bot_name, key
