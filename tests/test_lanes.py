@@ -355,7 +355,6 @@ class TestSizes:
 
         assert connection.keys == [[b"first"], [b"a", b"b"], [b"x" * 600], [b"c", b"d"]]
 
-
     async def test_many_operations_travel_in_two_halves_so_that_client_and_shard_work_at_once(
         self, rig: Rig
     ) -> None:
