@@ -243,35 +243,46 @@ def error_of(result: Result | FsmRayError) -> FsmRayError:
     return FsmRayError(f"a shard gave a result that this version does not know: {result!r}")
 
 
+Decoded = tuple[int, int, Sequence[Result | FsmRayError]]
+"""A reply: the kind and number of its request, and the results."""
+
+UNDECODABLE = (FsmRayError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding a reply may raise."""
+
+
 class ReplyDecoder:
     """Decodes replies for one client, user values included.
 
     A value that cannot be decoded here (its class is missing, say) fails its own operation, not the batch.
+    `whole` has a function for each kind of request, which does the work of `decode` but for such values.
     """
 
     def __init__(self, extension_hook: Callable[[int, memoryview], Any]) -> None:
         def decoders(types: Iterable[Any]) -> list[Callable[[bytes], Any]]:
             return [msgspec.msgpack.Decoder(each, ext_hook=extension_hook).decode for each in types]
 
-        self._decode = decoders(reply for _, (reply, _) in sorted(_REPLIES.items()))
+        self.whole = decoders(reply for _, (reply, _) in sorted(_REPLIES.items()))
         self._decode_result = decoders(result for _, (_, result) in sorted(_REPLIES.items()))
         self._decode_raw = msgspec.msgpack.Decoder(tuple[int, int, list[msgspec.Raw]]).decode
 
-    def decode(self, body: bytes) -> tuple[int, int, Sequence[Result | FsmRayError]]:
+    def decode(self, body: bytes) -> Decoded:
         """Kind, number and results; errors of the shard are results here too, not raised."""
-        kind = body[1]
         try:
-            whole: tuple[int, int, list[Result | FsmRayError]] = self._decode[kind](body)
-        except (FsmRayError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            _, number, results = self._decode_raw(body)
-            return kind, number, [self._one(kind, result) for result in results]
+            whole: Decoded = self.whole[body[1]](body)
+        except UNDECODABLE:
+            return self.decode_each(body)
         return whole
+
+    def decode_each(self, body: bytes) -> Decoded:
+        """As `decode`, each result by itself."""
+        kind, number, results = self._decode_raw(body)
+        return kind, number, [self._one(kind, result) for result in results]
 
     def _one(self, kind: int, encoded: msgspec.Raw) -> Result | FsmRayError:
         try:
             result: Result = self._decode_result[kind](encoded)
         except FsmRayError as error:
             return error
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except UNDECODABLE as error:
             return errors.ValueNotDecodable(f"a stored value cannot be decoded here: {error}")
         return result

@@ -180,7 +180,7 @@ class BlockingConnection:
             data = self._recv(1 << 20)
             rest += data
             length = int.from_bytes(rest[:4], "little")
-        return bytes(rest[4:])
+        return bytes(rest[4 : 4 + length])
 
     def _shake_hands(self, secret: bytes) -> None:
         self._socket.settimeout(HANDSHAKE_TIMEOUT_S)

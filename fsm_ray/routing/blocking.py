@@ -81,6 +81,7 @@ class BlockingShard:
         self._on_gone = on_gone
         self._session = os.urandom(16)
         self._number = 0
+        self._read_number = 0
         self._connection: Connection | None = None
         self._pid = os.getpid()
 
@@ -90,8 +91,8 @@ class BlockingShard:
         Raises:
             NamespaceUnavailable: no answer within `timeout_s`.
         """
-        self._number += 1
-        number = self._number
+        self._read_number += 1
+        number = self._read_number
         return self._call(kind, lambda _: protocol.read_request(kind, number, (operation,)))
 
     def write(self, operation: bytes) -> Any:

@@ -30,8 +30,10 @@ from fsm_ray.protocol import (
     GOOD_RESULTS,
     MAX_FRAME_BYTES,
     MAX_OPERATIONS,
+    MAX_REPLY_BYTES,
     READ_CONTENT,
     READ_RECORD,
+    UNDECODABLE,
     WRITE,
     ContentView,
     RecordView,
@@ -103,7 +105,12 @@ class Lane:
     """
 
     def __init__(
-        self, kind: int, timeout_s: float, wake: Callable[[], None], too_late: Callable[..., FsmRayError]
+        self,
+        kind: int,
+        timeout_s: float,
+        wake: Callable[[], None],
+        too_late: Callable[..., FsmRayError],
+        max_operations: int = MAX_OPERATIONS,
     ) -> None:
         """`wake`: called when there is work and no connection; `too_late`: makes a timeout's error."""
         self._kind = kind
@@ -113,6 +120,7 @@ class Lane:
         self._timeout_s = timeout_s
         self._wake = wake
         self._too_late = too_late
+        self._max_operations = max_operations
         self._session = os.urandom(16)
         self._number = 0
         # What waits, and what the request under way carries: operations, futures of their results, and the
@@ -220,8 +228,11 @@ class Lane:
         self._is_idle = False
         # About half of all that is going on, so that there are two halves: the shard has the one while the
         # client has the other. All in one request, each would wait for the other to be done with it.
-        half = (len(operations) + self._last_count + 1) // 2
-        count = 1 if len(operations) == 1 else _fitting(operations[: max(half, _ENOUGH)])
+        if len(operations) == 1:
+            count = 1
+        else:
+            half = (len(operations) + self._last_count + 1) // 2
+            count = _fitting(operations[: min(max(half, _ENOUGH), self._max_operations)])
         if count == len(operations):
             self._sent_operations, self._sent_futures = operations, self._futures
             self._sent_called_at = self._called_at
@@ -275,9 +286,9 @@ def _fail(futures: list[asyncio.Future[Any]], error: Callable[[], FsmRayError]) 
 
 def _fitting(operations: list[bytes]) -> int:
     """How many of the first operations can travel in one request."""
-    if len(operations) <= MAX_OPERATIONS and sum(map(len, operations)) <= _MAX_REQUEST_BYTES:
+    if sum(map(len, operations)) <= _MAX_REQUEST_BYTES:
         return len(operations)
-    sizes = itertools.accumulate(map(len, operations[:MAX_OPERATIONS]))
+    sizes = itertools.accumulate(map(len, operations))
     return max(1, sum(size <= _MAX_REQUEST_BYTES for size in sizes))
 
 
@@ -297,7 +308,8 @@ class Shard:
         self._loop = asyncio.get_running_loop()
         self._directory = directory
         self._route = route
-        self._decode = route.decoder.decode
+        self._decode = route.decoder.whole
+        self._decode_each = route.decoder.decode_each
         self._shard = shard
         self._by_socket = by_socket
         self._on_gone = on_gone
@@ -305,8 +317,10 @@ class Shard:
         self._connecting: asyncio.Task[None] | None = None
         self._timeout_s = timeout_s
         self._trouble = "it could not be reached"
+        # So many that a reply can hold the largest record for each.
+        max_operations = min(MAX_OPERATIONS, MAX_REPLY_BYTES // (2 * route.options.max_record_bytes))
         self.lanes = [
-            Lane(kind, timeout_s, self._connect, self._too_late)
+            Lane(kind, timeout_s, self._connect, self._too_late, max_operations)
             for kind in (WRITE, READ_CONTENT, READ_RECORD)
         ]
 
@@ -381,7 +395,10 @@ class Shard:
         )
 
     def _on_reply(self, body: bytes) -> None:
-        kind, number, results = self._decode(body)
+        try:
+            kind, number, results = self._decode[body[1]](body)
+        except UNDECODABLE:
+            kind, number, results = self._decode_each(body)
         self.lanes[kind].answered(number, results)
 
     def _on_lost(self) -> None:
