@@ -36,6 +36,7 @@ class ServerConnection(FrameProtocol):
     def __init__(self, server: Server) -> None:
         super().__init__()
         self.max_frame_bytes = MAX_HANDSHAKE_BYTES
+        self._is_trusted = False
         self._server = server
         self._handle = server.handle
         self._transport: asyncio.Transport | None = None
@@ -90,8 +91,29 @@ class ServerConnection(FrameProtocol):
         if self._transport is not None and self._patience is not None:
             self._patience.cancel()
             self.frame_received = self._serve  # type: ignore[method-assign]
+            self._is_trusted = True
             self.max_frame_bytes = MAX_FRAME_BYTES
             self._transport.write(frame(proof))
+
+    def data_received(self, data: bytes) -> None:
+        # The usual case of FrameProtocol, with `_serve` written out: a call less for every request.
+        transport = self._transport
+        if (
+            len(data) - 4 == int.from_bytes(data[:4], "little") <= self.max_frame_bytes
+            and self._is_trusted
+            and transport is not None
+            and not self._partial
+            and not self._is_held
+        ):
+            try:
+                reply = self._handle(data[4:], self._answer)
+            except MalformedRequest as error:
+                self.malformed(error)
+            else:
+                if reply is not None:
+                    transport.write(reply)
+        else:
+            super().data_received(data)
 
     def _serve(self, body: bytes) -> None:
         transport = self._transport
