@@ -151,14 +151,14 @@ decode_request = msgspec.msgpack.Decoder(WriteRequest | ReadContent | ReadRecord
 def read(key: bytes) -> bytes:
     """An operation of a read request. `key`, here and below, is an encoded one."""
     length = len(key)
-    return BIN8[length] + key if length < len(BIN8) else _encode(key)
+    return BIN8[length] + key if length < len(BIN8) else fitting(_encode(key))
 
 
 def set_record(
     key: bytes, flow: str | None, state: str | None, data: bytes, expected_version: int | None
 ) -> bytes:
     """`data`, here and below, is an encoded map."""
-    return _encode((SET_RECORD, key, flow, state, msgspec.Raw(data), expected_version))
+    return fitting(_encode((SET_RECORD, key, flow, state, msgspec.Raw(data), expected_version)))
 
 
 def set_data(key: bytes, data: bytes, expected_version: int | None) -> bytes:
@@ -174,7 +174,22 @@ def update_data(key: bytes, changes: bytes, expected_version: int | None) -> byt
 
 
 def clear(key: bytes, expected_version: int | None) -> bytes:
-    return _encode((CLEAR, key, expected_version))
+    return fitting(_encode((CLEAR, key, expected_version)))
+
+
+def fitting(operation: bytes) -> bytes:
+    """The operation, if a frame can hold it.
+
+    Raises:
+        FrameTooLarge: none can, and nothing is to be sent.
+    """
+    if len(operation) > MAX_FRAME_BYTES // 2:
+        raise errors.FrameTooLarge(
+            f"the operation takes {len(operation):,} bytes, and a frame holds {MAX_FRAME_BYTES // 2:,}; "
+            "nothing was sent: use a shorter key, flow and state",
+            size_bytes=len(operation),
+        )
+    return operation
 
 
 def write_request(number: int, operations: Sequence[bytes], session: bytes, *, is_resend: bool) -> bytes:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fsm_ray import protocol
 from fsm_ray.codec import encode_data, encode_key
 from fsm_ray.errors import (
+    FrameTooLarge,
     FsmRayError,
     InvalidData,
     InvalidInput,
@@ -325,6 +326,21 @@ class TestRefusals:
             call(route_of(allow_pickle=False, max_record_bytes=500))
 
         assert (refused.value.bot, refused.value.key) == ("my_bot", (42, 7))
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda route: route.read("k" * (33 << 20)),
+            lambda route: route.clear("k" * (33 << 20), None),
+            lambda route: route.set_record("ann", State(flow="f" * (33 << 20)), None),
+        ],
+        ids=["read", "clear", "set_record"],
+    )
+    def test_what_no_frame_can_hold_is_refused_before_it_is_sent(
+        self, call: Callable[[Route], Addressed]
+    ) -> None:
+        with pytest.raises(FrameTooLarge, match="nothing was sent"):
+            call(route_of())
 
 
 class TestOtherOptions:

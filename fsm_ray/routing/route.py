@@ -96,9 +96,10 @@ class Route:
         try:
             encoded = encode_key(key)
             _check_version(expected_version)
+            operation = protocol.clear(encoded, expected_version)
         except InvalidInput as error:
             raise self._about(error, key)  # noqa: B904  # the same error, with more facts
-        return 0 if self._is_single else self.shard_of(encoded), protocol.clear(encoded, expected_version)
+        return 0 if self._is_single else self.shard_of(encoded), operation
 
     def check_options(self, options: BotOptions) -> None:
         """Refuse a shard of other options: the bot was dropped and made again since this route was."""
