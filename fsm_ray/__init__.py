@@ -6,11 +6,18 @@
 #   state             State: flow, state, data, version
 #   keys              key strategies: which chats and users share one conversation
 #   options           BotOptions, and what a bot may be called
+#   flows             Flow: named states and transitions, and the draft that a handler changes
 #   codec             keys and values <-> bytes
 #   record            the stored form of a State, and the pure changes to it
 #   protocol          the operations and the frames that carry them
+#   stores.owner      who opened a store last
 #   stores.base       what a store must do
 #   stores.memory     records that live in the actor alone
+#   stores.rocksdb    records on the disk of one node
+#   stores.redis      records in Redis or Valkey
+#   stores.postgres   records in PostgreSQL, to be queried with SQL
+#   stores.objectstore  records in S3, Google or Azure storage, or a shared directory
+#   stores.by_url     the store that a bot's options name
 #   sessions          what lets a write take effect once, though it may be sent twice
 #   namespace         one shard's records: evaluate a batch, commit it, answer
 #   channel           frames over a socket: the actor's half and both client halves

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import threading
+import time
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +25,25 @@ from ray.exceptions import RayError, RayTaskError
 
 from fsm_ray.channel.handshake import Endpoint
 from fsm_ray.channel.server import Server
-from fsm_ray.errors import FsmRayError, NamespaceUnavailable, OptionsConflict, UnknownBot
-from fsm_ray.namespace import Namespace, NamespaceStatistics
-from fsm_ray.options import BotOptions
-from fsm_ray.stores.memory import MemoryStore
+from fsm_ray.errors import (
+    ConfigurationError,
+    FsmRayError,
+    NamespaceUnavailable,
+    NotOwner,
+    OptionsConflict,
+    UnknownBot,
+)
+from fsm_ray.namespace import Namespace, NamespaceStatistics, NotServing
+from fsm_ray.options import BotOptions, redacted
+from fsm_ray.stores.base import Store
+from fsm_ray.stores.by_url import make_store
 
 logger = logging.getLogger(__name__)
 
 RAY_NAMESPACE = "fsm_ray"
+
+HEAD_NODE = "node:__internal_head__"
+"""The resource that Ray gives to the head node."""
 
 ACTOR_OPTIONS: dict[str, Any] = {
     "namespace": RAY_NAMESPACE,
@@ -39,12 +51,20 @@ ACTOR_OPTIONS: dict[str, Any] = {
     "get_if_exists": True,
     "num_cpus": 0,
     "max_restarts": -1,
-    # Retries are the routing's, which numbers its writes; Ray's own would not know them apart.
-    "max_task_retries": 0,
+    # Ray makes calls again as soon as an actor is back. Without, it tells of failures alone, and those come a
+    # second apart. `exchange` is the exception.
+    "max_task_retries": -1,
     # Calls that wait for a commit must not keep others out.
     "max_concurrency": 10_000,
 }
 """What `ray.remote(...).options` gets for every shard, beside its name."""
+
+
+_OPENING_PATIENCE_S = 2.0
+"""How long a caller waits for a store to be opened and loaded before it is told so, and asks again."""
+
+_OPENING_PAUSE_S = 0.2
+"""How long after a failure a store is not asked again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +76,30 @@ class ShardDescription:
     pid: int
     restarted_empty: bool
     """Whether this actor was restarted and came back empty, since its store does not outlive the process."""
+    recovery_s: float
+    """How long it took to open the store and load all records, the last time."""
     statistics: NamespaceStatistics
 
 
 class NamespaceActor:
-    """One shard's namespace in an actor of its own. A plain class: `_remote_class` makes it a Ray actor."""
+    """One shard's namespace in an actor of its own. A plain class: `_create` makes it a Ray actor.
+
+    The namespace is made from the store when somebody asks, and made anew when it stops by itself: a commit
+    failed, or the store could not be asked who owns it. Not when another process owns the store by now.
+    """
 
     def __init__(self, bot_name: str, shard: int, options: BotOptions) -> None:
         self._bot_name = bot_name
         self._shard = shard
         self._options = options
-        self._restarted_empty = _was_restarted()
-        self._opening = asyncio.Lock()
+        self._restarted = _was_restarted()
+        self._store: Store | None = None
         self._namespace: Namespace | None = None
+        self._opening: asyncio.Task[Namespace] | None = None
+        self._recovery_s = 0.0
+        self._final: FsmRayError | None = None
+        self._keeper: asyncio.Task[None] | None = None
+        self._exchanges: set[asyncio.Future[bytes]] = set()
         self._listening = asyncio.Lock()
         self._server: Server | None = None
         self._endpoint: Endpoint | None = None
@@ -76,8 +107,21 @@ class NamespaceActor:
     async def options(self) -> BotOptions:
         return self._options
 
+    async def open(self) -> None:
+        """Open the store, unless it is open.
+
+        Raises:
+            StoreUnavailable, StoreMismatch, StoreCorrupted, NotOwner, MissingExtra: it cannot be.
+            NamespaceUnavailable: it is still being loaded, or was dropped.
+        """
+        await self._opened()
+
+    async def was_opened(self) -> bool:
+        """Whether this actor ever opened its store."""
+        return self._namespace is not None or self._final is not None or self._recovery_s > 0
+
     async def endpoint(self, node_id: str) -> Endpoint:
-        """Where a client of this node connects. Begins to listen when need be."""
+        """Where a client of this node connects. Begins to listen when need be; raises as `open`."""
         namespace = await self._opened()
         async with self._listening:
             if self._server is None or self._endpoint is None:
@@ -88,46 +132,139 @@ class NamespaceActor:
                 self._endpoint = dataclasses.replace(self._endpoint, tcp_address=address)
             return self._endpoint
 
+    # Retries of operations are the routing's, which numbers its writes; Ray would not know them apart.
+    @ray.method(max_task_retries=0)
     async def exchange(self, request: bytes) -> bytes:
-        """One frame in, its reply out: the channel's fallback, over a Ray call."""
+        """One frame in, its reply out: the channel's fallback, over a Ray call.
+
+        Raises:
+            NamespaceUnavailable: the namespace stopped, before or while it worked on the request: ask again.
+        """
         namespace = await self._opened()
         committed: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        reply = namespace.handle(request[4:], committed.set_result)
+        self._exchanges.add(committed)
+        committed.add_done_callback(self._exchanges.discard)
+        try:
+            reply = namespace.handle(request[4:], committed.set_result)
+        except NotServing as error:
+            raise self._unavailable("it has just stopped") from error
         # Shielded: the commit answers even when the caller has given up.
         return await asyncio.shield(committed) if reply is None else reply
 
     async def describe(self) -> ShardDescription:
+        namespace = await self._opened()
         return ShardDescription(
             shard=self._shard,
             node_id=_node_id(),
             pid=os.getpid(),
-            restarted_empty=self._restarted_empty,
-            statistics=(await self._opened()).statistics(),
+            restarted_empty=self._restarted and not self._is_durable,
+            recovery_s=self._recovery_s,
+            statistics=namespace.statistics(),
         )
 
     async def stop(self) -> None:
-        """Stop listening and remove the socket; the actor is about to be killed."""
-        if self._server is not None:
-            self._server.close()
+        """Stop for good, and release the store; the actor is about to be killed."""
+        self._final = self._unavailable("it is being dropped")
+        await self._close_namespace()
+        if self._store is not None:
+            await self._store.close()
+
+    @property
+    def _is_durable(self) -> bool:
+        return self._store is not None and self._store.is_durable
 
     async def _opened(self) -> Namespace:
         """The namespace, opened by whoever comes first: Ray runs no coroutine at construction."""
-        async with self._opening:
-            if self._namespace is None:
-                _prefer_this_thread()
-                store = MemoryStore()
-                contents = await store.open()
-                self._namespace = Namespace(self._bot_name, self._options, store, contents)
-                if self._restarted_empty:
-                    logger.warning(
-                        "shard %d of bot %r was restarted and is empty: its records lived in memory only",
-                        self._shard,
-                        self._bot_name,
-                    )
-                # What is imported by now stays for good: let no collection look at it again.
-                gc.collect()
-                gc.freeze()
+        if self._namespace is not None:
             return self._namespace
+        if self._final is not None:
+            raise _again(self._final)
+        if self._opening is None:
+            self._opening = asyncio.get_running_loop().create_task(self._open())
+            self._opening.add_done_callback(self._tried_to_open)
+        opening = self._opening
+        done, _ = await asyncio.wait([opening], timeout=_OPENING_PATIENCE_S)
+        if not done:
+            raise self._unavailable("it is still loading its records")
+        error = opening.exception()
+        if error is None:
+            return opening.result()
+        raise _again(error) if isinstance(error, FsmRayError) else error
+
+    async def _open(self) -> Namespace:
+        """Make the namespace from what the store holds."""
+        _prefer_this_thread()
+        started_s = time.monotonic()
+        # Millions of new objects, none of them garbage, would be looked at again and again.
+        gc.disable()
+        try:
+            if self._store is None:
+                self._store = make_store(self._bot_name, self._shard, self._options)
+            contents = await self._store.open()
+        except FsmRayError as error:
+            logger.warning("shard %d of bot %r: %s", self._shard, self._bot_name, error)
+            if isinstance(error, NotOwner):
+                self._final = error
+            raise
+        else:
+            self._namespace = namespace = Namespace(
+                self._bot_name, self._options, self._store, contents, on_stopped=self._stopped
+            )
+        finally:
+            gc.enable()
+        if self._store.is_shared:
+            self._keeper = asyncio.get_running_loop().create_task(namespace.keep_ownership())
+        self._recovery_s = time.monotonic() - started_s
+        if self._restarted and not self._is_durable:
+            logger.warning(
+                "shard %d of bot %r was restarted and is empty: its records lived in memory only",
+                self._shard,
+                self._bot_name,
+            )
+        # What is imported by now stays for good: let no collection look at it again.
+        gc.collect()
+        gc.freeze()
+        return namespace
+
+    def _tried_to_open(self, opening: asyncio.Task[Namespace]) -> None:
+        if opening.cancelled() or opening.exception() is not None:
+            # Who asks before this is over gets the same answer: a store in trouble is left in peace.
+            asyncio.get_running_loop().call_later(_OPENING_PAUSE_S, self._forget_opening)
+        else:
+            self._forget_opening()
+
+    def _forget_opening(self) -> None:
+        self._opening = None
+
+    def _stopped(self, reason: FsmRayError) -> None:
+        """The namespace stopped by itself: drop it and all who talk to it; they come back and ask again."""
+        logger.error("shard %d of bot %r stopped: %s", self._shard, self._bot_name, reason)
+        if isinstance(reason, NotOwner):
+            self._final = reason
+        self._namespace = None
+        self._hang_up()
+
+    async def _close_namespace(self) -> None:
+        namespace, self._namespace = self._namespace, None
+        self._hang_up()
+        if namespace is not None:
+            await namespace.close()
+        if self._keeper is not None:
+            self._keeper.cancel()
+
+    def _hang_up(self) -> None:
+        """Close all connections, and stop to listen."""
+        if self._server is not None:
+            self._server.close()
+        self._server = self._endpoint = None
+        for exchange in tuple(self._exchanges):
+            if not exchange.done():
+                exchange.set_exception(self._unavailable("it stopped while it worked on a request"))
+
+    def _unavailable(self, why: str) -> NamespaceUnavailable:
+        return NamespaceUnavailable(
+            f"shard {self._shard} of bot {self._bot_name!r}: {why}", bot=self._bot_name
+        )
 
     async def _listen(self, namespace: Namespace) -> tuple[Server, Endpoint]:
         server = Server(namespace.handle)
@@ -154,7 +291,7 @@ def create_shards(bot_name: str, options: BotOptions, timeout_s: float) -> None:
     running: BotOptions = call(first.options.remote(), bot_name, timeout_s)
     if running != options:
         differences = {
-            name: (value, getattr(options, name))
+            name: (_shown(value), _shown(getattr(options, name)))
             for name, value in running
             if value != getattr(options, name)
         }
@@ -168,6 +305,32 @@ def create_shards(bot_name: str, options: BotOptions, timeout_s: float) -> None:
     others = [_create(bot_name, shard, options) for shard in range(1, options.shards)]
     for actor in others:
         call(actor.options.remote(), bot_name, timeout_s)
+
+
+def open_shards(bot_name: str, options: BotOptions, timeout_s: float) -> None:
+    """Open the stores of all shards, at the same time.
+
+    Raises:
+        NamespaceUnavailable: one is not open yet; a retry is safe.
+        FsmRayError: one cannot be opened, see `NamespaceActor.open`.
+    """
+    calls: list[Any] = [find_shard(bot_name, shard).open.remote() for shard in range(options.shards)]
+    for each in calls:
+        call(each, bot_name, timeout_s)
+
+
+def remove_unopened(bot_name: str, options: BotOptions, error: FsmRayError, timeout_s: float) -> None:
+    """End the bot's actors if `error` kept them from ever opening their stores.
+
+    So that an `init` with mended options does not find a bot that runs with others.
+    """
+    actors = [find_shard(bot_name, shard) for shard in range(options.shards)]
+    calls: list[Any] = [each.was_opened.remote() for each in actors]
+    opened = [call(each, bot_name, timeout_s) for each in calls]
+    # With wrong options, some shards may have found nothing to disagree with; a bot that ran has none wrong.
+    ran = all(opened) if isinstance(error, ConfigurationError) else any(opened)
+    if not ran:
+        kill_shards(bot_name, timeout_s)
 
 
 def find_shard(bot_name: str, shard: int) -> ActorHandle[NamespaceActor]:
@@ -252,7 +415,13 @@ def call(reference: Any, bot_name: str, timeout_s: float) -> Any:
 
 
 def _create(bot_name: str, shard: int, options: BotOptions) -> ActorHandle[NamespaceActor]:
-    actor_class: Any = ray.remote(NamespaceActor).options(name=_name(bot_name, shard), **ACTOR_OPTIONS)
+    resources = {}
+    if options.store.startswith("rocksdb:"):
+        # Not by the node's id, which changes when the node starts anew: the actor waits for its directory.
+        resources[options.node_resource or HEAD_NODE] = 0.0001
+    actor_class: Any = ray.remote(NamespaceActor).options(
+        name=_name(bot_name, shard), resources=resources, **ACTOR_OPTIONS
+    )
     actor: ActorHandle[NamespaceActor] = actor_class.remote(bot_name, shard, options)
     return actor
 
@@ -269,6 +438,16 @@ def _prefer_this_thread() -> None:
     """
     with contextlib.suppress(PermissionError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 0)
+
+
+def _shown(value: Any) -> Any:
+    """An option's value, without the password if it is a URL."""
+    return redacted(value) if isinstance(value, str) else value
+
+
+def _again(error: FsmRayError) -> FsmRayError:
+    """A copy, to be raised once more: an exception that is raised again and again grows its traceback."""
+    return type(error)(str(error), **vars(error))
 
 
 def _was_restarted() -> bool:

@@ -11,20 +11,28 @@ FsmRayError
 │   ├── InvalidState
 │   ├── InvalidData
 │   ├── InvalidUpdate
+│   ├── UnknownFlow
+│   ├── UnknownState
 │   ├── PickleNotAllowed
 │   ├── RecordTooLarge
 │   └── FrameTooLarge
 ├── ConfigurationError      fix the setup
 │   ├── InvalidOptions
+│   ├── InvalidFlow
 │   ├── OptionsConflict
+│   ├── StoreMismatch
 │   ├── MissingExtra
 │   ├── RayUnreachable
 │   └── ProtocolMismatch
+├── StoreCorrupted          call a human; nothing was changed
 ├── UnknownBot              call init first
+├── InvalidTransition       answer the user, or mend the flow; nothing was changed
 ├── VersionConflict         read again, then decide
 ├── StorageClosed           make a new storage
 ├── ValueNotDecodable       make the class importable here
 └── NamespaceUnavailable    retry; nothing was changed
+    ├── StoreUnavailable    see to the store; retry
+    ├── NotOwner            retry; if it stays, another cluster has the store
     ├── Overloaded          retry later
     └── OutcomeUnknown      the write may or may not have taken effect: read, then decide
 ```
@@ -62,7 +70,7 @@ class InvalidKey(InvalidInput):
 
 
 class InvalidState(InvalidInput):
-    """Raised when `set_state` is given something other than a `State`."""
+    """Raised when something other than a `State`, or what none can hold, is to be stored."""
 
 
 class InvalidData(InvalidInput):
@@ -71,6 +79,21 @@ class InvalidData(InvalidInput):
 
 class InvalidUpdate(InvalidInput):
     """Raised when a key strategy is given something that is no Telegram update."""
+
+
+class UnknownFlow(InvalidInput):
+    """Raised when a flow is named that is not registered for the bot."""
+
+    flow: str | None = None
+    registered: tuple[str, ...] | None = None
+    """The names of the flows that are."""
+
+
+class UnknownState(InvalidInput):
+    """Raised when a state is to be set that its flow does not declare."""
+
+    flow: str | None = None
+    state: str | None = None
 
 
 class PickleNotAllowed(InvalidInput):
@@ -98,11 +121,23 @@ class InvalidOptions(ConfigurationError):
     """Raised when the options given to `init` are not valid."""
 
 
+class InvalidFlow(ConfigurationError):
+    """Raised when a `Flow` is declared wrongly, or flows are registered for a bot that cannot be."""
+
+    flow: str | None = None
+    """The flow's name."""
+    state: str | None = None
+
+
 class OptionsConflict(ConfigurationError):
     """Raised when `init` is given other options than the running bot has; nothing was changed."""
 
     differences: dict[str, tuple[Any, Any]] | None = None
     """Option name -> (the running bot's value, the value given)."""
+
+
+class StoreMismatch(ConfigurationError):
+    """Raised when a store holds something else than this shard of this bot; nothing was changed."""
 
 
 class MissingExtra(ConfigurationError):
@@ -117,8 +152,25 @@ class ProtocolMismatch(ConfigurationError):
     """Raised when a namespace actor speaks another protocol version than this client."""
 
 
+class StoreCorrupted(FsmRayError):
+    """Raised when a store holds what cannot be read; nothing was changed, and nothing is served from it."""
+
+
 class UnknownBot(FsmRayError):
     """Raised when an operation names a bot that was never initialised, or was dropped."""
+
+
+class InvalidTransition(FsmRayError):
+    """Raised when the rules of a flow forbid a step; nothing was changed."""
+
+    flow: str | None = None
+    """The active flow."""
+    from_state: str | None = None
+    """Where the conversation is: its state, or the active flow when another one was to start."""
+    to_state: str | None = None
+    """Where it was to go: a state, or a flow."""
+    allowed: tuple[str, ...] | None = None
+    """The states that it may go to from there."""
 
 
 class VersionConflict(FsmRayError):
@@ -141,6 +193,14 @@ class NamespaceUnavailable(FsmRayError):
     """Raised when a shard gave no answer within `timeout_s`; nothing was changed, a retry is safe."""
 
     timeout_s: float | None = None
+
+
+class StoreUnavailable(NamespaceUnavailable):
+    """Raised when a bot's store cannot be reached, is full, or is held by another process."""
+
+
+class NotOwner(NamespaceUnavailable):
+    """Raised when another process opened a bot's store, so that this one stopped to answer."""
 
 
 class Overloaded(NamespaceUnavailable):

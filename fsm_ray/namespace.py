@@ -1,21 +1,31 @@
 """Namespace: one shard's records. It evaluates batches, commits them, and answers.
 
 Reads are answered from committed records at once. Writes that arrive during a commit form the next one, and
-are answered when the store has them. It knows neither Ray nor sockets: frames come in, replies go out.
+are answered when the store has them. A namespace that cannot know what its store holds, or whether it still
+owns it, answers nothing more: a new one is made from the store. It knows neither Ray nor sockets: frames come
+in, replies go out.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn, cast
 
 import msgspec
 
 from fsm_ray import protocol, record
-from fsm_ray.errors import FsmRayError, RecordTooLarge, VersionConflict
+from fsm_ray.errors import (
+    FsmRayError,
+    NamespaceUnavailable,
+    RecordTooLarge,
+    StoreUnavailable,
+    VersionConflict,
+)
 from fsm_ray.options import BotOptions
 from fsm_ray.protocol import (
     NIL,
@@ -33,7 +43,7 @@ from fsm_ray.protocol import (
 )
 from fsm_ray.record import MAX_FRONT_BYTES, Packer
 from fsm_ray.sessions import Sessions
-from fsm_ray.stores.base import Answered, Batch, Contents, Store
+from fsm_ray.stores.base import Answered, Batch, Contents, Store, lease_clock
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +66,23 @@ _ABSENT = b""
 """What is found where there is no record: unlike None, which is a record that is being cleared."""
 
 
-class MalformedRequest(Exception):
-    """Raised when bytes from a client are no request; it never leaves the actor: the connection is closed."""
+_CONFIRM_AT = 2 / 3
+"""The part of a lease that is left when the store is asked to confirm it, if no commit did."""
+
+
+def _ignore(_reason: FsmRayError) -> None: ...
+
+
+class RequestRefused(Exception):
+    """Raised when a request gets no reply; it never leaves the actor: the connection is closed."""
+
+
+class MalformedRequest(RequestRefused):
+    """Raised when bytes from a client are no request."""
+
+
+class NotServing(RequestRefused):
+    """Raised when the namespace has stopped. The client asks again, and finds the one that came after it."""
 
 
 class Namespace:
@@ -69,8 +94,12 @@ class Namespace:
         options: BotOptions,
         store: Store,
         contents: Contents,
+        *,
         clock: Callable[[], float] = time.time,
+        lease_clock: Callable[[], float] = lease_clock,
+        on_stopped: Callable[[FsmRayError], None] = _ignore,
     ) -> None:
+        """`on_stopped` is called once, when the namespace stops by itself, with the reason."""
         self._bot_name = bot_name
         self._max_record_bytes = options.max_record_bytes
         # A packed record is smaller than its blob by no more than the front that it shares.
@@ -79,12 +108,16 @@ class Namespace:
         self._is_durable = store.is_durable
         self._packer = Packer()
         self._content = self._packer.content
-        self._records: dict[bytes, bytes | None] = {
-            key: self._packer.pack_blob(blob) for key, blob in contents.records.items()
-        }
+        self._packer.pack_all(contents.records)
+        self._records = cast("dict[bytes, bytes | None]", contents.records)
         self._version = contents.version
-        self._sessions = Sessions(contents.sessions, clock)
+        self._sessions = Sessions(contents.sessions, clock, is_durable=store.is_durable)
         self._clock = clock
+        self._lease_clock = lease_clock
+        self._lease_s = options.ownership_lease_s
+        self._serves_until_s = contents.owned_since_s + self._lease_s if store.is_shared else math.inf
+        self._stopped: FsmRayError | None = None
+        self._on_stopped = on_stopped
         self._operations = 0
         self._waiting: list[tuple[WriteRequest, Answer]] = []
         self._commit: asyncio.Future[None] | None = None
@@ -105,6 +138,7 @@ class Namespace:
 
         Raises:
             MalformedRequest: the bytes are no request; nothing of it was evaluated.
+            NotServing: the namespace stopped, now or before.
         """
         try:
             request = decode_request(body)
@@ -117,10 +151,10 @@ class Namespace:
                 if self._cleared:
                     self._remove_cleared()
                 return answered
-            self._waiting.append((request, answer))
-            if self._commit is None:
-                self._commit_waiting()
+            self._commit_soon(request, answer)
             return None
+        if self._is_durable and self._lease_clock() >= self._serves_until_s:
+            self._stop_serving()
         self._operations += len(request.keys)
         get, results = self._records.get, []
         if type(request) is ReadContent:
@@ -141,22 +175,107 @@ class Namespace:
             version=self._version,
         )
 
+    async def keep_ownership(self) -> None:
+        """Ask a shared store, in time, whether this is still its owner, until the namespace stops."""
+        while self._stopped is None:
+            now_s = self._lease_clock()
+            if now_s >= self._serves_until_s:
+                self._stop(self._lapsed())
+            elif (wait_s := self._serves_until_s - self._lease_s * _CONFIRM_AT - now_s) > 0:
+                await asyncio.sleep(wait_s)
+            else:
+                await self._confirm(now_s)
+
+    async def close(self) -> None:
+        """Stop, and wait for the commit under way. Whoever waits for an answer gets none."""
+        self._on_stopped = _ignore
+        self._stop(NamespaceUnavailable(f"a shard of bot {self._bot_name!r} was closed", bot=self._bot_name))
+        if self._commit is not None:
+            await asyncio.wait([self._commit])
+
+    async def _confirm(self, now_s: float) -> None:
+        try:
+            async with asyncio.timeout(self._serves_until_s - now_s):
+                await self._store.confirm()
+        except (StoreUnavailable, TimeoutError) as error:
+            logger.warning("bot %r: its store does not confirm ownership: %s", self._bot_name, error)
+            await asyncio.sleep(self._lease_s / 20)
+        except FsmRayError as error:
+            self._stop(error)
+        else:
+            self._owned_since(now_s)
+
+    def _owned_since(self, since_s: float) -> None:
+        if self._store.is_shared and self._stopped is None:
+            self._serves_until_s = max(self._serves_until_s, since_s + self._lease_s)
+
+    def _stop_serving(self) -> NoReturn:
+        if self._stopped is None:
+            self._stop(self._lapsed())
+        raise NotServing
+
+    def _lapsed(self) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"the store of bot {self._bot_name!r} did not confirm within ownership_lease_s "
+            f"({self._lease_s} s) that this actor owns it",
+            bot=self._bot_name,
+        )
+
+    def _stop(self, reason: FsmRayError) -> None:
+        if self._stopped is None:
+            self._stopped = reason
+            self._serves_until_s = -math.inf
+            self._waiting.clear()
+            self._on_stopped(reason)
+
     # The way of a write to a store: evaluate all that wait into an overlay, commit it, publish it, answer;
     # then again with what came meanwhile.
+
+    def _commit_soon(self, request: WriteRequest, answer: Answer) -> None:
+        if self._stopped is not None:
+            raise NotServing
+        self._waiting.append((request, answer))
+        if self._commit is None:
+            self._commit_waiting()
 
     def _commit_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
         self._overlay = {}
         self._answered = {}
         answers = [(answer, self._evaluate(request)) for request, answer in waiting]
+        if not self._overlay and self._answered.keys() <= self._sessions.answered.keys():
+            # Nothing was changed, so there is nothing to keep: sent again, such a write is answered again.
+            # Only a new session is kept at once, for an unknown one that resends passes for a forgotten one.
+            # What was found is as good as what a read finds.
+            if self._lease_clock() < self._serves_until_s:
+                self._publish(answers)
+            else:
+                self._stop(self._lapsed())
+            return
         blob = self._packer.blob
         records = {key: packed and blob(packed) for key, packed in self._overlay.items()}
-        self._commit = self._store.commit(Batch(self._version, records, self._answered))
-        self._commit.add_done_callback(lambda commit: self._committed(commit, answers))
+        forgotten = self._sessions.take_forgotten(self._answered)
+        started_s = self._lease_clock()
+        self._commit = self._store.commit(Batch(self._version, records, self._answered, forgotten))
+        self._commit.add_done_callback(lambda commit: self._committed(commit, started_s, answers))
 
-    def _committed(self, commit: asyncio.Future[None], answers: list[tuple[Answer, bytes]]) -> None:
-        commit.result()
+    def _committed(
+        self, commit: asyncio.Future[None], started_s: float, answers: list[tuple[Answer, bytes]]
+    ) -> None:
+        error = asyncio.CancelledError() if commit.cancelled() else commit.exception()
+        if error is not None:
+            # Whether it was kept is unknown, and memory can follow the store no more.
+            if not isinstance(error, FsmRayError):
+                error = StoreUnavailable(f"a commit failed: {error!r}", bot=self._bot_name)
+            self._stop(error)
+            return
+        self._owned_since(started_s)
         self._commit = None
+        if self._stopped is None:
+            self._publish(answers)
+
+    def _publish(self, answers: list[tuple[Answer, bytes]]) -> None:
+        """Show what was committed, and answer; then go on with what came meanwhile."""
         self._records.update(self._overlay)
         self._remove_cleared()
         self._sessions.remember(self._answered)

@@ -15,7 +15,9 @@ from fsm_ray.errors import InvalidBotName, InvalidOptions
 SLOTS = 4096
 """Slots that a bot's keys fall into; shards own ranges of slots, so no bot has more shards than this."""
 
-STORE_SCHEMES = ("memory",)
+STORE_SCHEMES = ("memory", "rocksdb", "redis", "rediss", "unix", "postgresql", "s3", "gs", "az", "file")
+
+_PATH_SCHEMES = ("rocksdb", "file", "unix")
 
 _BOT_NAME = re.compile(r"[A-Za-z0-9_@][A-Za-z0-9_.@-]{0,63}", re.ASCII)
 
@@ -27,10 +29,16 @@ class BotOptions(BaseModel):
     'memory://'
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
 
     store: str = "memory://"
-    """Where records are kept, as a URL. `memory://`: in the actors, for as long as they live."""
+    """Where records are kept, as a URL.
+
+    `memory://`: in the actors, for as long as they live. `rocksdb:///dir`: on the disk of one node.
+    `redis://`, `rediss://`, `unix:///socket` (of Redis),
+    `postgresql://`: on a server. `s3://`, `gs://`, `az://`, `file:///dir`: in an
+    object store, or a directory that all nodes share.
+    """
 
     shards: int = Field(default=1, ge=1, le=SLOTS)
     """Named actors that share the bot's conversations; each serves about one core's worth of operations."""
@@ -44,14 +52,50 @@ class BotOptions(BaseModel):
     listen_host: str | None = None
     """Where shards listen for workers of other nodes; `None`: the address that Ray uses for the node."""
 
+    ownership_lease_s: float = Field(default=5.0, ge=0.2, le=300.0)
+    """For how long a shard answers reads without hearing from a store that others could open.
+
+    A shard that takes over from one on another node waits for as long before it answers. Stores that only one
+    process can open (`memory://`, `rocksdb://`) need no lease.
+    """
+
+    node_resource: str | None = None
+    """The Ray resource of the node that has the directory of a `rocksdb://` store; None: the head node.
+
+    `"node:10.0.0.7"` names a node by its address. Shards start there and nowhere else.
+    """
+
     @field_validator("store")
     @classmethod
     def _store_is_known(cls, store: str) -> str:
-        scheme, separator, _ = store.partition("://")
+        scheme, separator, rest = store.partition("://")
         if not separator or scheme not in STORE_SCHEMES:
             known = ", ".join(f"{name}://" for name in STORE_SCHEMES)
-            raise ValueError(f"no store is known for {store!r}; a store is a URL of one of: {known}")
+            raise ValueError(
+                f"no store is known for {redacted(store)!r}; a store is a URL of one of: {known}"
+            )
+        if scheme in _PATH_SCHEMES and not (rest.startswith("/") and rest.strip("/")):
+            raise ValueError(f"{redacted(store)!r}: give an absolute path, {scheme}:///path/to/it")
         return store
+
+
+def redacted(url: str) -> str:
+    """The URL for people to read: without its password, and without what follows a question mark."""
+    # Greedy, and first: a password may hold a slash, an @ or a question mark that should have been escaped.
+    return re.sub(r"(?<=://)([^/@:?]*):.*@", r"\1:***@", url).partition("?")[0]
+
+
+def whereabouts(options: BotOptions) -> str:
+    """What to add where a shard is missed: on which node its records are, if they are on one alone."""
+    scheme, _, path = options.store.partition("://")
+    if scheme != "rocksdb":
+        return ""
+    node = (
+        f"the node with the Ray resource {options.node_resource!r}"
+        if options.node_resource
+        else "Ray's head node"
+    )
+    return f"; its records lie in {path} on {node}, and it waits for that node"
 
 
 def make_options(options: BotOptions | None, changes: dict[str, Any]) -> BotOptions:

@@ -31,6 +31,7 @@ class _Record(msgspec.Struct, array_like=True, gc=False):
 _encode = msgspec.msgpack.Encoder().encode
 _decode_content = msgspec.msgpack.Decoder(Content).decode
 _decode_record = msgspec.msgpack.Decoder(_Record).decode
+_decode_pair = msgspec.msgpack.Decoder(tuple[str | None, str | None]).decode
 
 _MAX_FRONTS = 0xFFFF
 MAX_FRONT_BYTES = 256
@@ -83,10 +84,21 @@ class Packer:
         number = packed[0] << 8 | packed[1]
         return self._fronts[number] + packed[2:] if number else packed[6:]
 
-    def pack_blob(self, blob: bytes) -> bytes:
-        """The inverse of `blob`."""
-        record = _decode_record(blob)
-        return self.pack(record.flow, record.state, record.content.data, record.content.version)
+    def pack_all(self, records: dict[bytes, bytes]) -> None:
+        """Replace each blob by its packed form: the inverse of `blob`, for what comes from a store.
+
+        Raises:
+            ValueError: something there does not begin as a record does.
+        """
+        heads: dict[bytes, bytes] = {}
+        for key, blob in records.items():
+            end = _front_end(blob)
+            front = blob[:end]
+            head = heads.get(front)
+            if head is None:
+                flow, state = _decode_pair(b"\x92" + front[1:])
+                head = heads[front] = self._numbers.get((flow, state)) or self._head(flow, state)
+            records[key] = head + blob[end:]
 
     def _head(self, flow: str | None, state: str | None) -> bytes:
         """What stands before the content, for a flow and state that were not met before."""
@@ -99,6 +111,21 @@ class Packer:
         return number
 
 
+def check_blob(blob: bytes) -> None:
+    """Look through a whole blob, for stores that keep no checksums.
+
+    Raises:
+        msgspec.MsgspecError, UnicodeDecodeError, RecursionError: it is no record.
+    """
+    _decode_record(blob)
+
+
+def front_of(blob: bytes) -> tuple[str | None, str | None, int]:
+    """The flow, state and version in a blob, for stores that show them to people."""
+    record = _decode_record(blob)
+    return record.flow, record.state, record.content.version
+
+
 def version_of(packed: bytes | None) -> int | None:
     """The version of the record, None where there is none."""
     return None if packed is None else _decode_content(packed[_head_end(packed) :]).version
@@ -106,3 +133,22 @@ def version_of(packed: bytes | None) -> int | None:
 
 def _head_end(packed: bytes) -> int:
     return 2 if packed[0] or packed[1] else 6 + int.from_bytes(packed[2:6], "big")
+
+
+def _front_end(blob: bytes) -> int:
+    """Where the content of a blob begins: behind an array's head, and two strings or nils."""
+    if blob[:1] != b"\x93":
+        raise ValueError("no array of three")
+    end = 1
+    for _ in range(2):
+        head = blob[end]
+        if head & 0xE0 == 0xA0:  # noqa: PLR2004  # a string of up to 31 bytes
+            end += 1 + (head & 0x1F)
+        elif head == 0xC0:  # noqa: PLR2004  # nil
+            end += 1
+        elif 0xD9 <= head <= 0xDB:  # noqa: PLR2004  # a string whose length takes one, two or four bytes
+            start = end + 1 + (1 << (head - 0xD9))
+            end = start + int.from_bytes(blob[end + 1 : start], "big")
+        else:
+            raise ValueError(f"flow or state begins with the byte {head:#x}")
+    return end

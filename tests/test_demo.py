@@ -538,9 +538,8 @@ class TestRuns:
         assert (report.stray_records, report.differences) == (1, ())
         assert "1 record too many" in printed(report)
 
-    def test_a_killed_shard_is_told_of_and_its_lost_records_too(
-        self, cluster: RayCluster, once: Callable[[], bool], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    @pytest.fixture
+    def a_killed_shard(self, once: Callable[[], bool], monkeypatch: pytest.MonkeyPatch) -> None:
         def handle_and_kill(bot_name: str, batch: Batch) -> Any:
             done = demo_worker.handle(bot_name, batch)
             if once():
@@ -549,7 +548,17 @@ class TestRuns:
             return done
 
         monkeypatch.setattr(demo_crew, "handle", handle_and_kill)
+
+    @pytest.mark.usefixtures("a_killed_shard")
+    def test_a_killed_shard_changes_nothing(self, cluster: RayCluster) -> None:
         report = run_on(cluster)
+
+        assert report.agrees
+        assert report.restarted_empty == ()
+
+    @pytest.mark.usefixtures("a_killed_shard")
+    def test_a_killed_shard_in_memory_is_told_of_and_its_lost_records_too(self, cluster: RayCluster) -> None:
+        report = run_on(cluster, store="memory://")
 
         assert not report.agrees
         assert report.restarted_empty == (1,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,12 @@ def test_the_examples_of_a_module_are_true(name: str, cluster: object) -> None:
 
 @pytest.mark.ray
 def test_the_quickstart_of_the_readme_is_true(cluster: object) -> None:
-    result = doctest.testfile(str(ROOT / "README.md"), module_relative=False, optionflags=FLAGS)
+    directory = Path("/tmp/my_bot")
+    shutil.rmtree(directory, ignore_errors=True)
+    try:
+        result = doctest.testfile(str(ROOT / "README.md"), module_relative=False, optionflags=FLAGS)
+    finally:
+        shutil.rmtree(directory)
 
     assert result.attempted > 10
     assert result.failed == 0

@@ -111,8 +111,9 @@ class Rig:
 
     def __init__(self, kind: int) -> None:
         self.wakes = 0
+        self.silences = 0
         self._kind = kind
-        self.lane = Lane(kind, TIMEOUT_S, self._wake, too_late)
+        self.lane = Lane(kind, TIMEOUT_S, self._wake, too_late, on_silence=self._count_silence)
 
     def connect(self) -> FakeConnection:
         connection = FakeConnection()
@@ -138,6 +139,9 @@ class Rig:
 
     def _wake(self) -> None:
         self.wakes += 1
+
+    def _count_silence(self) -> None:
+        self.silences += 1
 
 
 @pytest.fixture
@@ -666,6 +670,18 @@ class TestDeadlines:
         await clock.advance(TIMEOUT_S)
 
         assert outcome(future) in (OutcomeUnknown, NamespaceUnavailable)
+
+    async def test_a_connection_over_which_no_answer_came_in_time_is_told_of(
+        self, rig: Rig, clock: FakeClock
+    ) -> None:
+        rig.submit(b"a")  # waits for a connection, and is given up
+        await clock.advance(TIMEOUT_S)
+        silences = [rig.silences]
+        rig.connect()
+        rig.submit(b"b")
+        await clock.advance(TIMEOUT_S)
+
+        assert [*silences, rig.silences] == [0, 1]
 
     async def test_a_deadline_holds_after_a_long_silence(self, rig: Rig, clock: FakeClock) -> None:
         connection = rig.connect()

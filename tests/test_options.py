@@ -18,16 +18,30 @@ from fsm_ray.options import SLOTS, STORE_SCHEMES, BotOptions, check_bot_name, ma
 NAME_CHARACTERS = string.ascii_letters + string.digits + "_.@-"
 
 FITTING: dict[str, list[Any]] = {
-    "store": ["memory://"],
+    "store": [
+        "memory://",
+        "rocksdb:///var/lib/bot",
+        "redis://user:secret@host:6379/0",
+        "rediss://host",
+        "unix:///run/redis.sock",
+        "postgresql://user@host/db?sslmode=require",
+        "s3://bucket/prefix",
+        "gs://bucket",
+        "az://container",
+        "file:///mnt/shared",
+    ],
     "shards": [1, 2, SLOTS],
     "max_record_bytes": [256, 1 << 20, 16 << 20],
     "allow_pickle": [True, False],
     "listen_host": [None, "127.0.0.1", "::1"],
+    "ownership_lease_s": [0.2, 5.0, 300.0],
+    "node_resource": [None, "node:10.0.0.7", "bot_disk"],
 }
 
 OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "shards": [0, -1, SLOTS + 1],
     "max_record_bytes": [0, -1, 255, (16 << 20) + 1],
+    "ownership_lease_s": [0.0, -1.0, 0.19, 300.1, float("nan"), float("inf")],
 }
 
 OF_ANOTHER_TYPE: dict[str, list[Any]] = {
@@ -36,6 +50,8 @@ OF_ANOTHER_TYPE: dict[str, list[Any]] = {
     "max_record_bytes": ["1024", 1024.0, True, None],
     "allow_pickle": [1, 0, "yes", "false", None],
     "listen_host": [1, b"127.0.0.1", ("127.0.0.1",)],
+    "ownership_lease_s": ["5", True, None],
+    "node_resource": [1, b"disk"],
 }
 
 
@@ -61,6 +77,12 @@ class TestDefaults:
 
     def test_shards_listen_where_ray_does(self) -> None:
         assert BotOptions().listen_host is None
+
+    def test_a_lease_takes_five_seconds(self) -> None:
+        assert BotOptions().ownership_lease_s == 5.0
+
+    def test_a_rocksdb_store_is_on_the_head_node(self) -> None:
+        assert BotOptions().node_resource is None
 
     def test_every_option_is_tested_here(self) -> None:
         assert BotOptions.model_fields.keys() == FITTING.keys()

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fsm_ray import protocol
-from fsm_ray.codec import encode_data, encode_key
+from fsm_ray.codec import encode_data, encode_key, slot_of
 from fsm_ray.errors import (
     FrameTooLarge,
     FsmRayError,
@@ -27,7 +27,7 @@ from fsm_ray.errors import (
 from fsm_ray.namespace import Namespace
 from fsm_ray.options import SLOTS, BotOptions
 from fsm_ray.protocol import Clear, SetData, SetRecord, UpdateData, WriteRequest
-from fsm_ray.routing.route import Addressed, Route, slot_of
+from fsm_ray.routing.route import Addressed, Route
 from fsm_ray.state import State
 from fsm_ray.stores.base import Contents
 from fsm_ray.stores.memory import MemoryStore

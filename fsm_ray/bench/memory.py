@@ -19,7 +19,7 @@ from fsm_ray.bench.aiogram_peers import load_aiogram_records
 from fsm_ray.bench.contender import Surroundings
 from fsm_ray.bench.ours import drop_and_close, load_users, make_bot_name
 from fsm_ray.bench.results import Memory
-from fsm_ray.bench.servers import temporary_directory, valkey_server
+from fsm_ray.bench.servers import ValkeyServer, temporary_directory
 from fsm_ray.bench.workload import FIRST_USER
 
 _WARM_UP_USERS = range(FIRST_USER - 5_000, FIRST_USER)
@@ -72,7 +72,8 @@ async def _local_actor_pids(storage: AsyncStorage, bot: str) -> list[int] | None
 
 def _growth_of_valkey(users: Sequence[int]) -> tuple[int, int]:
     # A server of its own, for no other contender's keys may share tables with these.
-    with temporary_directory() as directory, valkey_server(directory) as path:
+    with temporary_directory() as directory, ValkeyServer(directory) as valkey:
+        path = str(valkey.socket_path)
         load_aiogram_records(path, _WARM_UP_USERS)
         used_before, resident_before = _settled_memory(path)
         load_aiogram_records(path, users)

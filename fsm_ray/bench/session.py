@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
 
 import ray
@@ -17,13 +18,16 @@ from rich.console import Console
 from fsm_ray.bench.config import BenchConfig
 from fsm_ray.bench.contender import Surroundings
 from fsm_ray.bench.contenders import pick_contenders
+from fsm_ray.bench.disk import look_at_disk
+from fsm_ray.bench.kills import time_kills
 from fsm_ray.bench.machine import load_average, look_at_machine
 from fsm_ray.bench.memory import weigh_conversations
 from fsm_ray.bench.plot import write_plot
+from fsm_ray.bench.recovery import time_recovery
 from fsm_ray.bench.report import print_report
 from fsm_ray.bench.results import Report, to_json
 from fsm_ray.bench.rounds import Progress, compare
-from fsm_ray.bench.servers import echo_process, temporary_directory, valkey_server
+from fsm_ray.bench.servers import ValkeyServer, echo_process, temporary_directory
 from fsm_ray.bench.sizes import time_sizes
 
 _LOCAL_RAY_CPUS = 2
@@ -31,7 +35,8 @@ _LOCAL_RAY_CPUS = 2
 
 def run(config: BenchConfig, console: Console) -> Report:
     """Measure, print, write."""
-    with console.status("") as status:
+    # Ray prints on stdout what becomes of actors that are killed; the report says what matters of it.
+    with console.status("") as status, redirect_stdout(io.StringIO()):
         report = measure(config, status.update)
     print_report(report, console)
     if config.json_path is not None:
@@ -43,20 +48,32 @@ def run(config: BenchConfig, console: Console) -> Report:
 
 def measure(config: BenchConfig, progress: Progress) -> Report:
     """Measure everything that config asks for."""
-    kinds = pick_contenders(config.contenders)
+    kinds = pick_contenders(config.all_contenders)
     started_at, load_before = datetime.now(UTC), load_average()
-    needs_ray = (
-        any(kind.needs_ray for kind in kinds) or bool(config.memory_conversations) or bool(config.sizes)
+    needs_ray = any(kind.needs_ray for kind in kinds) or any(
+        (config.memory_conversations, config.sizes, config.recovery_conversations, config.kills)
     )
     with _sigterm_as_interrupt(), surroundings(shards=config.shards) as around, ray_running(needed=needs_ray):
+        disk = look_at_disk() if config.uses_disk else None
         cells = compare([kind(around) for kind in kinds], config, progress)
         progress("weighing conversations")
         memory = (
             weigh_conversations(around, config.memory_conversations) if config.memory_conversations else ()
         )
         sizes = time_sizes(around, config, progress) if config.sizes else ()
-    machine = look_at_machine(started_at=started_at, load_before=load_before)
-    return Report(config, machine, {kind.name: kind.label for kind in kinds}, cells, memory, sizes)
+        recovery = time_recovery(around, config, progress) if config.recovery_conversations else ()
+        kills = time_kills(around, config.kills, progress) if config.kills else None
+    return Report(
+        config=config,
+        machine=look_at_machine(started_at=started_at, load_before=load_before),
+        labels={kind.name: kind.label for kind in kinds},
+        cells=cells,
+        memory=memory,
+        sizes=sizes,
+        disk=disk,
+        recovery=recovery,
+        kills=kills,
+    )
 
 
 @contextmanager
@@ -64,11 +81,11 @@ def surroundings(*, shards: int) -> Iterator[Surroundings]:
     """Run the servers and an event loop, for contenders."""
     with (
         temporary_directory() as directory,
-        valkey_server(directory) as valkey_socket,
+        ValkeyServer(directory) as valkey,
         echo_process(directory) as echo_socket,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        yield Surroundings(runner, valkey_socket, echo_socket, shards)
+        yield Surroundings(runner, str(valkey.socket_path), echo_socket, shards)
 
 
 @contextmanager

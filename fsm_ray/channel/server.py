@@ -21,7 +21,7 @@ from fsm_ray.channel import handshake
 from fsm_ray.channel.frames import FrameProtocol
 from fsm_ray.channel.handshake import HANDSHAKE_TIMEOUT_S, MAX_HANDSHAKE_BYTES, HandshakeFailed
 from fsm_ray.errors import ConfigurationError
-from fsm_ray.namespace import Answer, MalformedRequest
+from fsm_ray.namespace import Answer, RequestRefused
 from fsm_ray.protocol import MAX_FRAME_BYTES, frame
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class ServerConnection(FrameProtocol):
         ):
             try:
                 reply = self._handle(data[4:], self._answer)
-            except MalformedRequest as error:
+            except RequestRefused as error:
                 self.malformed(error)
             else:
                 if reply is not None:
@@ -121,7 +121,7 @@ class ServerConnection(FrameProtocol):
             return
         try:
             reply = self._handle(body, self._answer)
-        except MalformedRequest as error:
+        except RequestRefused as error:
             self.malformed(error)
         else:
             if reply is not None:
@@ -153,13 +153,17 @@ class Server:
                 "allows: set TMPDIR to a shorter directory on all nodes"
             )
         path.unlink(missing_ok=True)
-        # Until it has its mode, the directory keeps others out.
         unix_socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        unix_socket.bind(str(path))
-        path.chmod(0o600)
-        listener = await asyncio.get_running_loop().create_unix_server(
-            lambda: ServerConnection(self), sock=unix_socket
-        )
+        try:
+            # Until it has its mode, the directory keeps others out.
+            unix_socket.bind(str(path))
+            path.chmod(0o600)
+            listener = await asyncio.get_running_loop().create_unix_server(
+                lambda: ServerConnection(self), sock=unix_socket
+            )
+        except BaseException:
+            unix_socket.close()
+            raise
         self._listeners.append(listener)
         self._unix_path = path
         return str(path)
@@ -179,6 +183,7 @@ class Server:
             connection.close()
         if self._unix_path is not None:
             self._unix_path.unlink(missing_ok=True)
+            self._unix_path = None
 
 
 def socket_directory() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import reprlib
+import zlib
 from collections.abc import Hashable, Iterable
 from enum import Enum
 from typing import Any
@@ -14,6 +15,7 @@ from msgspec.msgpack import Ext
 
 from fsm_ray.codec import classes, wire
 from fsm_ray.errors import InvalidKey, ValueNotDecodable
+from fsm_ray.options import SLOTS
 
 _PLAIN = wire.PLAIN - {float}  # a float may be -0.0 or NaN
 _PARTS = (
@@ -57,6 +59,11 @@ def encode_key(key: Hashable) -> bytes:
         raise InvalidKey(
             f"a key cannot hold {error.object!r}: UTF-8 has no lone surrogates", key=key
         ) from error
+
+
+def slot_of(key: bytes) -> int:
+    """The slot of an encoded key: its CRC-32, modulo 4,096. It never changes, for stores are sorted by it."""
+    return zlib.crc32(key) % SLOTS
 
 
 def decode_key(encoded: bytes) -> Hashable:

@@ -20,5 +20,7 @@ class DemoConfig:
     shards: int = 2
     address: str | None = None
     """Of the Ray to attach to; None: the one on this machine, or a new one; "local": a new one."""
+    store: str | None = None
+    """Where records are kept, see `BotOptions.store`; None: in a RocksDB that is removed in the end."""
     keep: bool = False
     """Whether to leave the bot on a Ray that was there before."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import shutil
 import socket
 import tempfile
 import time
@@ -12,11 +13,13 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import ray
 from rich.console import Console
 
+from fsm_ray.actor import HEAD_NODE
 from fsm_ray.demo.config import DemoConfig
 from fsm_ray.demo.crew import Crew
 from fsm_ray.demo.crowd import JSON
@@ -27,6 +30,7 @@ from fsm_ray.demo.reference import Records, reference_records
 from fsm_ray.demo.report import Report, count_states, find_differences
 from fsm_ray.demo.updates import Conversation, generate_updates, read_updates, write_updates
 from fsm_ray.errors import ConfigurationError, InvalidInput, NamespaceUnavailable, RayUnreachable, UnknownBot
+from fsm_ray.options import redacted
 from fsm_ray.routing.directory import BotDescription
 from fsm_ray.storage import Storage
 
@@ -136,15 +140,26 @@ def _bot(storage: Storage, config: DemoConfig, display: Display) -> Iterator[str
     """A new bot, dropped in the end unless it is to be kept."""
     # A name of its own: the records of an earlier run, or of one at the same time, must not be met.
     bot_name = f"demo-{secrets.token_hex(4)}"
+    directory = Path(tempfile.gettempdir(), f"fsm-ray-{bot_name}")
+    store = config.store or f"rocksdb://{directory}"
     try:
-        with display.stage(f"Making bot {bot_name}, {counted(config.shards, 'shard')}"):
-            storage.init(bot_name, shards=config.shards)
+        with display.stage(f"Making bot {bot_name}, {counted(config.shards, 'shard')}") as stage:
+            storage.init(bot_name, store=store, shards=config.shards)
+            stage.note(f"records in {redacted(store)}")
         yield bot_name
     finally:
         if config.keep:
             display.tell(f"Bot {bot_name} is kept: Storage().drop({bot_name!r}) ends it.")
         else:
             _drop(storage, bot_name, display)
+            if config.store is None:
+                _remove(directory)
+
+
+def _remove(directory: Path) -> None:
+    """Remove it from the disk of the head node, where the bot's actors were."""
+    remove: Any = ray.remote(shutil.rmtree).options(num_cpus=0, resources={HEAD_NODE: 0.0001})
+    ray.get(remove.remote(directory, ignore_errors=True), timeout=_DROP_S)
 
 
 def _drop(storage: Storage, bot_name: str, display: Display) -> None:

@@ -25,8 +25,8 @@ from ray.util.client import ray as ray_client
 from fsm_ray import actor
 from fsm_ray.actor import NamespaceActor, ShardDescription
 from fsm_ray.channel.handshake import Endpoint, check_protocol_version
-from fsm_ray.errors import NamespaceUnavailable, RayUnreachable
-from fsm_ray.options import BotOptions, check_bot_name
+from fsm_ray.errors import FsmRayError, NamespaceUnavailable, RayUnreachable
+from fsm_ray.options import BotOptions, check_bot_name, whereabouts
 
 T = TypeVar("T")
 
@@ -113,7 +113,15 @@ class Directory:
         """See `Storage.init`. The shards' endpoints are known afterwards."""
         check_bot_name(bot_name)
         self._attach()
-        self._patiently(lambda: actor.create_shards(bot_name, options, self._timeout_s))
+        try:
+            self._patiently(lambda: actor.create_shards(bot_name, options, self._timeout_s))
+        except NamespaceUnavailable as error:
+            raise NamespaceUnavailable(f"{error}{whereabouts(options)}", **vars(error)) from error
+        try:
+            self._patiently(lambda: actor.open_shards(bot_name, options, self._timeout_s))
+        except FsmRayError as error:
+            actor.remove_unopened(bot_name, options, error, self._timeout_s)
+            raise
         self._options[bot_name] = options
         if not self.is_remote:
             for shard in range(options.shards):

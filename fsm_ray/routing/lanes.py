@@ -110,9 +110,20 @@ class Lane:
         timeout_s: float,
         wake: Callable[[], None],
         too_late: Callable[..., FsmRayError],
+        *,
         max_operations: int = MAX_OPERATIONS,
+        on_silence: Callable[[], None] = lambda: None,
     ) -> None:
-        """`wake`: called when there is work and no connection; `too_late`: makes a timeout's error."""
+        """Make an idle lane without a connection.
+
+        Args:
+            kind: of its requests.
+            timeout_s: after which an operation is given up.
+            wake: called when there is work and no connection.
+            too_late: makes the error of an operation that is given up.
+            max_operations: in one request.
+            on_silence: called when a request got no answer in time.
+        """
         self._kind = kind
         self._loop = asyncio.get_running_loop()
         self._make_future = functools.partial(asyncio.Future, loop=self._loop)
@@ -121,6 +132,7 @@ class Lane:
         self._wake = wake
         self._too_late = too_late
         self._max_operations = max_operations
+        self._on_silence = on_silence
         self._session = os.urandom(16)
         self._number = 0
         # What waits, and what the request under way carries: operations, futures of their results, and the
@@ -269,6 +281,7 @@ class Lane:
             # Later ones of this request are given up with the first: a request has one outcome.
             futures, self._sent_futures = self._sent_futures, []
             _fail(futures, lambda: self._too_late(outcome_unknown=self._kind == WRITE))
+            self._on_silence()
         overdue = bisect.bisect_right(self._called_at, horizon)
         futures = self._futures[:overdue]
         del self._operations[:overdue], self._futures[:overdue], self._called_at[:overdue]
@@ -320,7 +333,14 @@ class Shard:
         # So many that a reply can hold the largest record for each.
         max_operations = min(MAX_OPERATIONS, MAX_REPLY_BYTES // (2 * route.options.max_record_bytes))
         self.lanes = [
-            Lane(kind, timeout_s, self._connect, self._too_late, max_operations)
+            Lane(
+                kind,
+                timeout_s,
+                self._connect,
+                self._too_late,
+                max_operations=max_operations,
+                on_silence=self._hang_up,
+            )
             for kind in (WRITE, READ_CONTENT, READ_RECORD)
         ]
 
@@ -365,6 +385,11 @@ class Shard:
             final = error
             self._on_gone()
             self.fail(lambda: type(final)(str(final), **vars(final)))
+        except Exception as error:
+            # Nobody awaits this task: whoever waits for an answer must not wait for nothing.
+            logger.exception("shard %d of bot %r cannot be reached", self._shard, self._route.bot_name)
+            trouble = f"shard {self._shard} of bot {self._route.bot_name!r} cannot be reached: {error!r}"
+            self.fail(lambda: NamespaceUnavailable(trouble, bot=self._route.bot_name))
         finally:
             self._connecting = None
 
@@ -400,6 +425,12 @@ class Shard:
         except UNDECODABLE:
             kind, number, results = self._decode_each(body)
         self.lanes[kind].answered(number, results)
+
+    def _hang_up(self) -> None:
+        """Leave an actor that is silent: another one may have its shard by now."""
+        if self._connection is not None:
+            self._connection.close()
+            self._on_lost()
 
     def _on_lost(self) -> None:
         self._connection = None

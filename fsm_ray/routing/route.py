@@ -1,17 +1,16 @@
 """Route: one bot's operations, encoded, and the shard that each belongs to.
 
-Slot of a key: CRC-32 of its encoding modulo 4,096. Shards own equal ranges of slots, so a later change of
-their number moves slots between shards and never rehashes a key.
+Shards own equal ranges of slots, so a later change of their number moves slots between shards and never
+rehashes a key.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Hashable, Mapping
 from typing import Any, NoReturn
 
 from fsm_ray import protocol
-from fsm_ray.codec import encode_data, encode_key, extension_hook
+from fsm_ray.codec import encode_data, encode_key, extension_hook, slot_of
 from fsm_ray.errors import (
     InvalidInput,
     InvalidState,
@@ -20,17 +19,12 @@ from fsm_ray.errors import (
     RecordTooLarge,
     UnknownBot,
 )
-from fsm_ray.options import SLOTS, BotOptions
+from fsm_ray.options import SLOTS, BotOptions, whereabouts
 from fsm_ray.protocol import BIN8, ReplyDecoder
 from fsm_ray.state import State
 
 Addressed = tuple[int, bytes]
 """A shard, and an operation for it."""
-
-
-def slot_of(key: bytes) -> int:
-    """The slot of an encoded key."""
-    return zlib.crc32(key) % SLOTS
 
 
 class Route:
@@ -47,6 +41,7 @@ class Route:
         self._is_single = options.shards == 1
         self._allow_pickle = options.allow_pickle
         self._max_record_bytes = options.max_record_bytes
+        self._place = whereabouts(options)
 
     def read(self, key: Hashable) -> Addressed:
         encoded = encode_key(key)
@@ -113,6 +108,7 @@ class Route:
         self, shard: int, timeout_s: float, trouble: str, *, outcome_unknown: bool
     ) -> NamespaceUnavailable:
         """The error of an operation that got no answer in time; `trouble` is what stood in the way."""
+        trouble += self._place
         what = f"shard {shard} of bot {self.bot_name!r} gave no answer within {timeout_s} s ({trouble})"
         if outcome_unknown:
             return OutcomeUnknown(

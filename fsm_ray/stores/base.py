@@ -1,27 +1,46 @@
-"""What a store must do for a namespace: give back its records, and commit batches.
+"""What a store must do for a namespace: give back its records, and commit batches for their one owner.
 
-A namespace keeps all its records in memory and asks the store only at start and at commits. A store keeps
-bytes; it never looks into a record.
+A namespace keeps all its records in memory and asks the store only at start and at commits. Opening a store
+takes a new epoch in it, and every commit is conditional on that epoch, so whoever was its owner before can
+change nothing any more.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
+import secrets
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 
+from fsm_ray.codec import slot_of
+from fsm_ray.errors import NotOwner, StoreCorrupted, StoreMismatch, StoreUnavailable
+from fsm_ray.options import SLOTS, redacted
+from fsm_ray.stores.owner import FORMAT, NOBODY, Owner, decode_owner, encode_owner, this_process
 
-class Answered(msgspec.Struct, frozen=True, gc=False):
+logger = logging.getLogger(__name__)
+
+LEASE_MARGIN = 1.05
+"""A new owner waits this many times the last one's lease: the clocks of machines differ less in speed."""
+
+
+class Answered(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The last write request of a session, and the reply to it."""
 
     number: int
     reply: bytes
     at_s: float
     """Wall clock of the answer, in seconds since 1970."""
+
+
+encode_answered = msgspec.msgpack.Encoder().encode
+decode_answered = msgspec.msgpack.Decoder(Answered).decode
 
 
 class Batch(msgspec.Struct, frozen=True):
@@ -33,6 +52,8 @@ class Batch(msgspec.Struct, frozen=True):
     """Encoded key -> the record's blob, or None when the record was cleared."""
     sessions: Mapping[bytes, Answered]
     """Session -> its last write, committed with the effect so that a resend is recognised after a restart."""
+    forgotten: Collection[bytes] = ()
+    """Sessions that are too old to be remembered; none of `sessions` is among them."""
 
 
 @dataclass(slots=True)
@@ -42,25 +63,246 @@ class Contents:
     version: int
     records: dict[bytes, bytes] = field(default_factory=dict)
     sessions: dict[bytes, Answered] = field(default_factory=dict)
+    owned_since_s: float = -math.inf
+    """When whoever opened a shared store last knew to be its owner, by `lease_clock`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where the records of one shard are kept."""
+
+    url: str
+    """The bot's `BotOptions.store`."""
+    bot_name: str
+    shard: int
+    shards: int
+    lease_s: float
+    """See `BotOptions.ownership_lease_s`."""
+
+
+def with_slot(key: bytes) -> bytes:
+    """The encoded key with its slot in front, in two bytes: the form in which sorted stores keep it."""
+    return slot_of(key).to_bytes(2, "big") + key
+
+
+def lease_clock() -> float:
+    """Seconds that never go back, and go on while the machine sleeps; one clock for all of its processes."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Store(ABC):
-    """Where one shard's records outlive its actor."""
+    """Where one shard's records are kept."""
 
     is_durable: ClassVar[bool]
     """Whether records are still there after the actor's process was killed."""
 
+    is_shared: ClassVar[bool]
+    """Whether another process can open the store while this one lives, so that ownership is leased."""
+
     @abstractmethod
     async def open(self) -> Contents:
-        """Become the owner, and return everything that was ever acknowledged."""
+        """Become the owner, and return everything that was ever acknowledged.
+
+        Opened again, after a failure, the same object owns the store only if nobody else opened it since.
+
+        Raises:
+            NotOwner: somebody else did.
+            StoreUnavailable: the store cannot be reached, or is held by a process that lives; try again.
+            StoreMismatch: it was written with other options, or is not one of this bot's.
+            StoreCorrupted: what it holds cannot be read; the message names the file or row.
+        """
 
     @abstractmethod
     def commit(self, batch: Batch) -> asyncio.Future[None]:
         """Keep the batch; when the future is done, it is kept. One commit ends before the next begins.
 
-        Never called when the store is not durable.
+        Never called when the store is not durable. The future raises NotOwner or StoreUnavailable; after any
+        error it is unknown whether the batch was kept, and the store must be closed, and opened again.
+        """
+
+    @abstractmethod
+    async def confirm(self) -> None:
+        """Return if this is still the owner. May run beside a commit; never called when not shared.
+
+        Raises:
+            NotOwner: somebody else opened the store.
+            StoreUnavailable: it cannot be reached.
         """
 
     @abstractmethod
     async def close(self) -> None:
-        """Release what `open` took. Nothing acknowledged is lost by not calling it."""
+        """Release what `open` took, also after a failure. Nothing acknowledged is lost by not calling it."""
+
+
+class OwnedStore(Store):
+    """A durable store, but for what is done by its driver: the methods with an underscore below.
+
+    They raise StoreUnavailable where the driver's errors mean that the store is not there at the moment.
+    """
+
+    is_durable: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        place: Place,
+        clock: Callable[[], float] = lease_clock,
+        sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
+    ) -> None:
+        """`clock` and `sleep` are for the lease of the last owner, and this one's."""
+        self.place = place
+        self.owner: Owner | None = None
+        """What this object wrote into the store when it opened it last."""
+        self._claim: Owner | None = None
+        self._clock = clock
+        self._sleep = sleep
+
+    async def open(self) -> Contents:
+        """See `Store.open`."""
+        await self._disconnect()
+        try:
+            await self._connect()
+            owner = await self._take_over()
+            taken_at_s = self._clock()
+            contents = await self._load()
+            if self.is_shared:
+                await self._wait_until(taken_at_s + owner.waits_s * LEASE_MARGIN)
+                # Loading and waiting may have taken longer than a lease.
+                contents.owned_since_s = self._clock()
+                await self._confirm_waited(owner)
+        except BaseException:
+            await self._disconnect()
+            raise
+        return contents
+
+    async def close(self) -> None:
+        """See `Store.close`. The next owner need not wait for a lease."""
+        try:
+            if self.owner is not None:
+                await self._release(self.owner)
+        except (NotOwner, StoreUnavailable) as error:
+            logger.info("%s: closed without a word: %s", self.name, error)
+        finally:
+            await self._disconnect()
+
+    @property
+    def name(self) -> str:
+        """The store in errors and logs."""
+        return f"{redacted(self.place.url)} (shard {self.place.shard} of bot {self.place.bot_name!r})"
+
+    @abstractmethod
+    async def _connect(self) -> None:
+        """Make what `_read_owner` and all else need: a connection, a database, a schema."""
+
+    @abstractmethod
+    async def _disconnect(self) -> None:
+        """Release what `_connect` made; also when it made only a part of it, or nothing."""
+
+    @abstractmethod
+    async def _read_owner(self) -> bytes | None:
+        """What `_replace_owner` wrote last; None when nobody ever opened the store.
+
+        Raises:
+            StoreMismatch: nobody did, and yet there is something in it.
+        """
+
+    @abstractmethod
+    async def _replace_owner(self, last_epoch: int, epoch: int, owner: bytes) -> bool:
+        """Write the owner if the store's epoch is still `last_epoch` (0: there is no owner); tell if it was.
+
+        One atomic step. From here on, no commit of an epoch before `epoch` is kept.
+        """
+
+    @abstractmethod
+    async def _load(self) -> Contents:
+        """Everything in the store.
+
+        Raises:
+            StoreCorrupted: a part of it cannot be read.
+        """
+
+    async def _take_over(self) -> Owner:
+        """Become the owner, as which this returns it."""
+        while True:
+            found = await self._read_owner()
+            last = None if found is None else self._checked(found)
+            last_epoch = 0 if last is None else last.epoch
+            # A claim may have reached the store though its answer got lost.
+            is_own = last is not None and last.opening in (_opening(self.owner), _opening(self._claim))
+            if self.owner is not None and not is_own:
+                raise self._not_owner()
+            place = self.place
+            self._claim = owner = Owner(
+                epoch=last_epoch + 1,
+                opening=secrets.token_hex(8),
+                process=this_process(),
+                lease_s=place.lease_s,
+                waits_s=self._unwaited_s(last, is_own=is_own),
+                bot_name=place.bot_name,
+                shard=place.shard,
+                shards=place.shards,
+            )
+            if await self._replace_owner(last_epoch, owner.epoch, encode_owner(owner)):
+                self.owner = owner
+                return owner
+            # Somebody else was faster; the last one to open a store is its owner.
+
+    def _unwaited_s(self, last: Owner | None, *, is_own: bool) -> float:
+        """How long the last owner, or one before it that it had not waited for, may still answer reads."""
+        if last is None or not self.is_shared:
+            return 0.0
+        return max(last.waits_s, 0.0 if is_own or last.is_over else last.lease_s)
+
+    async def _wait_until(self, end_s: float) -> None:
+        wait_s = end_s - self._clock()
+        if wait_s > 0:
+            logger.info("%s: waiting %.1f s for the lease of its last owner", self.name, wait_s)
+            await self._sleep(wait_s)
+
+    async def _confirm_waited(self, owner: Owner) -> None:
+        """Return if this is still the owner; the next one need not wait for those before it."""
+        if not owner.waits_s:
+            await self.confirm()
+            return
+        waited = msgspec.structs.replace(owner, waits_s=0.0)
+        if not await self._replace_owner(owner.epoch, owner.epoch, encode_owner(waited)):
+            raise self._not_owner()
+        self.owner = waited
+
+    def _checked(self, found: bytes) -> Owner:
+        """The owner that the store names, if this process can go on from what that one left."""
+        try:
+            last = decode_owner(found)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise StoreCorrupted(
+                f"{self.name}: the owner's record cannot be read ({error}): {found[:200]!r}. "
+                "Nothing was changed; restore the store from a backup",
+                bot=self.place.bot_name,
+            ) from error
+        place = self.place
+        ours = (FORMAT, SLOTS, place.bot_name, place.shard, place.shards)
+        theirs = (last.format, last.slots, last.bot_name, last.shard, last.shards)
+        if ours != theirs:
+            raise StoreMismatch(
+                f"{self.name} was written by shard {last.shard} of {last.shards} of bot {last.bot_name!r} "
+                f"in format {last.format} with {last.slots} slots; this is shard {place.shard} of "
+                f"{place.shards}, format {FORMAT}, {SLOTS} slots. Nothing was changed: init the bot with the "
+                "options that it had, or with another store",
+                bot=place.bot_name,
+            )
+        return last
+
+    async def _release(self, owner: Owner) -> None:
+        """Write into the store that its owner is done with it."""
+        released = msgspec.structs.replace(owner, process=NOBODY)
+        await self._replace_owner(owner.epoch, owner.epoch, encode_owner(released))
+
+    def _not_owner(self) -> NotOwner:
+        return NotOwner(
+            f"{self.name}: another process opened this store and is its owner now; this one answers no more. "
+            "If two clusters use one store, drop the bot in one of them",
+            bot=self.place.bot_name,
+        )
+
+
+def _opening(owner: Owner | None) -> str | None:
+    return None if owner is None else owner.opening

@@ -14,6 +14,7 @@ class MemoryStore(Store):
     """Keeps nothing: the namespace's own memory is all there is."""
 
     is_durable: ClassVar[bool] = False
+    is_shared: ClassVar[bool] = False
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
@@ -28,6 +29,10 @@ class MemoryStore(Store):
 
     def commit(self, batch: Batch) -> asyncio.Future[None]:
         """Never called: there is nothing to keep."""
+        raise NotImplementedError
+
+    async def confirm(self) -> None:
+        """Never called: nobody else can own what is in this process."""
         raise NotImplementedError
 
     async def close(self) -> None:

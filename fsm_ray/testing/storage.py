@@ -1,8 +1,4 @@
-"""Conformance kits: promises as pytest classes, for this project and for authors of parts of it.
-
-A kit is a class with an abstract fixture; a test file subclasses it and supplies that fixture. It states
-promises, never policies. Needs pytest.
-"""
+"""What every way to a bot's conversations promises: the contract of Storage and AsyncStorage."""
 
 from __future__ import annotations
 
