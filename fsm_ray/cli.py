@@ -95,6 +95,10 @@ def demo(
         str | None,
         typer.Option(help='Of the Ray to use. Default: the one here, or a new one; "local": a new one.'),
     ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="URL of the store of the bot. Default: a RocksDB that is removed in the end."),
+    ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the bot on the Ray that was there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -103,14 +107,21 @@ def demo(
     The updates are as Telegram sends them: several hundred people at once, in private chats, groups and
     topics. Each worker is a Ray task with an aiogram dispatcher, which answers without a network.
     Conversations go from worker to worker in the middle of the dialogue. In the end, each must stand where
-    one worker alone brings it. You may kill workers meanwhile.
+    one worker alone brings it. You may kill workers meanwhile, and the bot's actors.
     """
     console = Console(file=sys.stderr if as_json else sys.stdout)
     with console.status("Importing aiogram"):
         # Not at the top: aiogram takes seconds to import, and `fsm-ray --help` shall answer at once.
         from fsm_ray.demo.run import run  # noqa: PLC0415
     config = DemoConfig(
-        updates=updates, seed=seed, file=file, workers=workers, shards=shards, address=address, keep=keep
+        updates=updates,
+        seed=seed,
+        file=file,
+        workers=workers,
+        shards=shards,
+        address=address,
+        store=store,
+        keep=keep,
     )
     # Ray prints on stdout what becomes of its processes. The report says what matters of it.
     with redirect_stdout(io.StringIO()):
@@ -128,6 +139,9 @@ def bench(
     contenders: Annotated[str, typer.Option(help="Which take part, with commas between.")] = _listed(
         _BENCH.contenders
     ),
+    store: Annotated[
+        str, typer.Option(help=f'Durable stores to measure besides: {_listed(benchmark.STORES)} or "all".')
+    ] = _listed(_BENCH.stores),
     tasks: Annotated[str, typer.Option(help="Numbers of concurrent tasks, with commas.")] = _listed(
         _BENCH.tasks
     ),
@@ -140,6 +154,12 @@ def bench(
     sizes: Annotated[
         str, typer.Option(help='Numbers of conversations to time operations at; "" skips the part.')
     ] = _listed(_BENCH.sizes),
+    recovery: Annotated[
+        int, typer.Option(min=0, help="Conversations to bring back from a crash; 0 skips the part.")
+    ] = _BENCH.recovery_conversations,
+    kills: Annotated[
+        int, typer.Option(min=0, help="How often to kill an actor in mid-write; 0 skips the part.")
+    ] = _BENCH.kills,
     json_path: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Write all that was measured here.")
     ] = None,
@@ -150,20 +170,30 @@ def bench(
     """Measure fsm_ray side by side with its peers, on this machine.
 
     Servers are real, started here, and stopped in the end. The tables show medians over the rounds.
+    Fails if a write was lost or applied twice when actors were killed.
     """
-    benchmark.run(
+    report = benchmark.run(
         benchmark.BenchConfig(
-            contenders=tuple(name for name in contenders.split(",") if name),
+            contenders=_names(contenders),
+            stores=benchmark.STORES if store == "all" else _names(store),
             tasks=_numbers(tasks, "--tasks"),
             seconds=seconds,
             rounds=rounds,
             shards=shards,
             memory_conversations=conversations,
             sizes=_numbers(sizes, "--sizes"),
+            recovery_conversations=recovery,
+            kills=kills,
             json_path=json_path,
             plot_path=plot_path,
         )
     )
+    if report.kills is not None and not report.kills.is_sound:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ import redis
 from aiogram.fsm.storage.redis import RedisStorage
 from rich.console import Console
 
-from fsm_ray.bench import CONTENDERS, BenchConfig, run
+from fsm_ray.bench import CONTENDERS, STORES, BenchConfig, disk, run
 from fsm_ray.bench.aiogram_peers import load_aiogram_records
 from fsm_ray.bench.aiogram_peers import make_key as make_storage_key
 from fsm_ray.bench.batching import Batcher, Data, Operation
@@ -30,18 +30,32 @@ from fsm_ray.bench.contender import Contender, Surroundings
 from fsm_ray.bench.contenders import pick_contenders
 from fsm_ray.bench.echo import EchoClient
 from fsm_ray.bench.figures import Figure, percentile, ratio
+from fsm_ray.bench.kills import Writer, account
 from fsm_ray.bench.measure import latencies_ns, operations_per_s
 from fsm_ray.bench.plot import write_plot
 from fsm_ray.bench.report import print_report
-from fsm_ray.bench.results import Cell, Machine, Memory, Report, SizeCell, from_json, to_json
+from fsm_ray.bench.results import (
+    TARGETS,
+    Cell,
+    Disk,
+    Kills,
+    Machine,
+    Memory,
+    Recovery,
+    Report,
+    SizeCell,
+    from_json,
+    to_json,
+)
 from fsm_ray.bench.rounds import compare, describe_failure
 from fsm_ray.bench.session import surroundings
 from fsm_ray.bench.workload import CHANGED_FIELD, DATA, FIRST_USER, FLOW, STATE, make_workload, users_of_level
-from fsm_ray.errors import ConfigurationError, NamespaceUnavailable
+from fsm_ray.errors import ConfigurationError, NamespaceUnavailable, OutcomeUnknown
 from fsm_ray.protocol import READ_CONTENT
 
 SECONDS = 0.02
 RAY_CONTENDERS = ("fsm-ray", "fsm-ray-blocking", "ray-call", "ray-call-blocking")
+DURABLE_CONTENDERS = tuple(f"fsm-ray-{store}" for store in STORES)
 KEEPING_PEERS = tuple(name for name in CONTENDERS if name not in (*RAY_CONTENDERS, "echo"))
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -94,6 +108,7 @@ def test_contenders_are_picked_in_the_order_of_the_report() -> None:
     "changes",
     [
         {"contenders": ("memcached",)},
+        {"stores": ("memory",)},
         {"tasks": (0,)},
         {"seconds": 0},
         {"rounds": 0},
@@ -101,11 +116,30 @@ def test_contenders_are_picked_in_the_order_of_the_report() -> None:
         {"sizes": (-1,)},
         {"size_tasks": (0,)},
         {"memory_conversations": -1},
+        {"recovery_conversations": -1},
+        {"kills": -1},
     ],
 )
 def test_config_refuses_what_cannot_be_measured(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError):
         BenchConfig(**changes)
+
+
+def test_a_durable_store_adds_its_contender_and_a_peer_that_keeps_as_much() -> None:
+    names = BenchConfig(contenders=("fsm-ray",), stores=STORES).all_contenders
+
+    assert names == ("fsm-ray", *DURABLE_CONTENDERS, "aiogram-redis-synced")
+    assert tuple(kind.name for kind in pick_contenders(names)) == names
+
+
+def test_without_durable_stores_the_contenders_are_those_that_were_named() -> None:
+    assert BenchConfig().all_contenders == CONTENDERS
+
+
+def test_every_target_is_about_contenders_that_exist() -> None:
+    names = BenchConfig(stores=STORES).all_contenders
+
+    assert {name for target in TARGETS for name in (target.contender, target.peer)} <= set(names)
 
 
 @pytest.mark.slow
@@ -297,6 +331,171 @@ def test_failure_of_many_tasks_is_described_by_the_first() -> None:
     assert describe_failure(TypeError()) == "TypeError"
 
 
+# Disk
+
+
+def test_a_place_in_memory_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_memory = tmp_path / "in_memory"
+    in_memory.mkdir()
+    monkeypatch.setattr(disk, "_places", lambda: (in_memory, tmp_path))
+    monkeypatch.setattr(disk, "filesystem_of", lambda path: "tmpfs" if path == in_memory else "ext4")
+
+    with disk.disk_directory() as directory:
+        assert directory.parent == tmp_path
+    assert list(tmp_path.iterdir()) == [in_memory]
+
+
+def test_a_machine_without_a_disk_still_has_a_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "filesystem_of", lambda _: "tmpfs")
+
+    with disk.disk_directory() as directory:
+        assert directory.is_dir()
+
+
+def test_file_system_is_that_of_the_innermost_mount() -> None:
+    assert disk.filesystem_of(Path("/proc/self")) == "proc"
+
+
+def test_a_sync_takes_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "_SYNCS", 3)
+
+    assert disk.look_at_disk().fdatasync_us > 0
+
+
+# Kills: how writes are accounted for
+
+
+class Applying:
+    """A storage in a dict, which gives out a version for each write that it applies."""
+
+    def __init__(self) -> None:
+        self.records: dict[int, dict[str, Any]] = {}
+        self.versions = 0
+        self.calls = 0
+
+    def apply(self, key: int, changes: Mapping[str, Any]) -> dict[str, Any]:
+        self.versions += 1
+        self.records[key] = {**self.records.get(key, {}), **changes}
+        return self.records[key]
+
+    async def update_data(self, _bot_name: str, key: int, changes: Mapping[str, Any], /) -> dict[str, Any]:
+        return self.apply(key, changes)
+
+
+class RollingBack(Applying):
+    """It acknowledges its third write, and comes back from a crash without it."""
+
+    async def update_data(self, _bot_name: str, key: int, changes: Mapping[str, Any], /) -> dict[str, Any]:
+        self.calls += 1
+        before, versions = self.records.get(key, {}), self.versions
+        answer = self.apply(key, changes)
+        if self.calls == 3:
+            self.records[key], self.versions = before, versions
+        return answer
+
+
+class Repeating(Applying):
+    """It applies each third write again, as a resend that is not recognised."""
+
+    async def update_data(self, _bot_name: str, key: int, changes: Mapping[str, Any], /) -> dict[str, Any]:
+        self.apply(key, changes)
+        return self.apply(key, changes) if self.versions % 3 == 0 else self.records[key]
+
+
+class Silent(Applying):
+    """It does not answer each third write, and applies every other one of those."""
+
+    async def update_data(self, _bot_name: str, key: int, changes: Mapping[str, Any], /) -> dict[str, Any]:
+        self.calls += 1
+        if self.calls % 6 == 1:
+            self.apply(key, changes)
+        if self.calls % 3 == 1:
+            raise OutcomeUnknown("no answer")
+        return self.apply(key, changes)
+
+
+class Refusing(Applying):
+    """It refuses its first write."""
+
+    async def update_data(self, _bot_name: str, key: int, changes: Mapping[str, Any], /) -> dict[str, Any]:
+        self.calls += 1
+        if self.calls == 1:
+            raise NamespaceUnavailable("not yet")
+        return self.apply(key, changes)
+
+
+async def account_for(storage: Applying, writes: int = 100) -> Kills:
+    """What is found when two writers take turns."""
+    writers = [Writer(storage, "bot", number) for number in range(2)]
+    for _ in range(writes):
+        for writer in writers:
+            await writer.write()
+    for writer in writers:
+        writer.check(storage.records.get(writer.key, {}))
+    return account(writers, storage.versions, *[Figure((1.0,))] * 3)
+
+
+async def test_writes_that_took_effect_once_are_sound() -> None:
+    found = await account_for(Applying())
+
+    assert (found.acknowledged, found.unknown, found.lost, found.applied_twice) == (200, 0, 0, 0)
+    assert found.is_sound
+
+
+async def test_an_acknowledged_write_that_is_gone_is_found() -> None:
+    found = await account_for(RollingBack())
+
+    assert (found.lost, found.applied_twice) == (1, 0)
+    assert not found.is_sound
+
+
+async def test_a_loss_at_the_very_end_is_found() -> None:
+    storage = Applying()
+    writer = Writer(storage, "bot", 0)
+    await writer.write()
+    storage.records.clear()
+    writer.check(storage.records.get(writer.key, {}))
+
+    assert account([writer], storage.versions, *[Figure((1.0,))] * 3).lost == 1
+
+
+async def test_writes_that_were_applied_twice_are_found() -> None:
+    storage = Repeating()
+    found = await account_for(storage)
+
+    assert (found.lost, found.applied_twice) == (0, storage.versions - 200)
+    assert found.applied_twice > 0
+    assert not found.is_sound
+
+
+async def test_a_write_of_unknown_outcome_is_sound_whether_it_took_effect_or_not() -> None:
+    found = await account_for(Silent(), writes=99)
+
+    assert (found.acknowledged, found.unknown, found.lost, found.applied_twice) == (132, 66, 0, 0)
+
+
+async def test_a_refused_write_is_none() -> None:
+    found = await account_for(Refusing())
+
+    assert (found.acknowledged, found.unknown, found.lost, found.applied_twice) == (199, 0, 0, 0)
+
+
+async def test_a_writer_that_is_told_to_stop_ends_with_an_acknowledged_write() -> None:
+    stop = asyncio.Event()
+    stop.set()
+    writer = Writer(Silent(), "bot", 0)
+
+    await writer.write_until(stop)
+
+    assert (writer.unknown, writer.acknowledged) == (1, 1)
+
+
+def test_restart_is_compared_without_the_recovery() -> None:
+    kills = account([], 0, Figure((1.4, 1.6, 9.0)), Figure((0.4, 0.4, 0.4)), Figure((1.0, 0.5, 1.0)))
+
+    assert kills.restart_ratio == pytest.approx(1.2)
+
+
 # Batching
 
 
@@ -367,23 +566,47 @@ def report() -> Report:
     fast, slow = Figure((20_000.0, 21_000.0, 19_000.0)), Figure((4_000.0, 4_200.0, 3_800.0))
     times = Figure((50.0, 51.0, 52.0)), Figure((90.0, 500.0, 95.0))
     return Report(
-        config=BenchConfig(tasks=(1, 256), rounds=3, json_path=Path("bench.json")),
+        config=BenchConfig(stores=("rocksdb",), tasks=(1, 256), rounds=3, json_path=Path("bench.json")),
         machine=Machine(
             "A CPU", 2, "Linux", "CPython 3.11.7", {"ray": "2.60.0"}, "2026-01-01T00:00:00", 0.1, 2.0
         ),
-        labels={"fsm-ray": "ours", "fsm-ray-blocking": "ours, blocking", "aiogram-redis": "theirs"},
+        labels={
+            "fsm-ray": "ours",
+            "fsm-ray-blocking": "ours, blocking",
+            "aiogram-redis": "theirs",
+            "fsm-ray-rocksdb": "ours, durable",
+            "aiogram-redis-synced": "theirs, durable",
+        },
         cells=(
             Cell("fsm-ray", 1, fast, *times, verified_keys=50),
             Cell("fsm-ray-blocking", 1, fast, *times, verified_keys=50),
             Cell("aiogram-redis", 1, slow, *times, verified_keys=50),
             Cell("fsm-ray", 256, fast, *times, verified_keys=12_800),
             Cell("aiogram-redis", 256, failure="MaxConnectionsError: Too many connections"),
+            Cell("fsm-ray-rocksdb", 1, fast, *times, verified_keys=50),
+            Cell("fsm-ray-rocksdb", 256, slow, *times, verified_keys=50),
+            Cell("aiogram-redis-synced", 1, slow, *times, verified_keys=50),
         ),
         memory=(
             Memory("fsm-ray", "resident memory", 1_000, 219.4),
             Memory("aiogram-redis", "used", 1_000, 277.0),
         ),
         sizes=(SizeCell(1_000, 1, fast), SizeCell(1_000_000, 1, slow), SizeCell(1_000, 64, fast)),
+        disk=Disk("ext4", 1_234.5),
+        recovery=(
+            Recovery("rocksdb store is open and loaded", 1_000_000, Figure((2.0, 4.0))),
+            Recovery("its actor answers after kill -9", 1_000_000, Figure((13.0, 15.0))),
+            Recovery("Valkey answers, AOF as written", 1_000_000, Figure((4.0, 5.0)), is_peer=True),
+        ),
+        kills=Kills(
+            answered_s=Figure((1.5, 1.4, 1.6)),
+            recovery_s=Figure((0.3, 0.3, 0.3)),
+            bare_s=Figure((1.0, 1.0, 2.0)),
+            acknowledged=12_345,
+            unknown=0,
+            lost=0,
+            applied_twice=0,
+        ),
     )
 
 
@@ -415,8 +638,32 @@ def test_report_shows_medians_and_how_much_faster_we_are(report: Report) -> None
     assert ["1", "1,000,000", "4,000", "±", "5%", "250.0", "5.00x"] in rows
 
 
+def test_report_shows_what_durable_stores_reached_and_what_was_wanted(report: Report) -> None:
+    rows = [line.split() for line in rendered(report).splitlines()]
+
+    assert ["fsm-ray-rocksdb,", "1", "aiogram-redis-synced,", "1", "5.00x", "1.00x"] in rows
+    assert ["fsm-ray-rocksdb,", "16", "aiogram-redis-synced,", "16", "-", "5.00x"] in rows
+    assert ["fsm-ray-rocksdb,", "256", "fsm-ray,", "256", "0.20x", "0.40x"] in rows
+    assert not any(row[:1] == ["fsm-ray-postgres,"] for row in rows)
+
+
+def test_report_shows_recovery_beside_the_peers(report: Report) -> None:
+    rows = [line.split() for line in rendered(report).splitlines()]
+
+    assert ["Valkey", "answers,", "AOF", "as", "written", "4.500", "5.000", "0.65x", "<=", "1"] in rows
+    assert ["its", "actor", "answers", "after", "kill", "-9", "14.000", "15.000"] in rows
+
+
+def test_report_shows_what_became_of_the_writes(report: Report) -> None:
+    text = rendered(report)
+
+    assert "12,345 writes acknowledged, 0 of unknown outcome; 0 lost, 0 applied twice" in text
+    assert "without the recovery 1.20x the bare actor's; wanted: at most 1.3x" in text
+    assert "fdatasync of 4 KiB takes 1,234 µs" in text
+
+
 def test_report_of_nothing_but_the_machine_renders(report: Report) -> None:
-    empty = dataclasses.replace(report, cells=(), memory=(), sizes=())
+    empty = dataclasses.replace(report, cells=(), memory=(), sizes=(), disk=None, recovery=(), kills=None)
 
     assert "A CPU" in rendered(empty)
 
@@ -478,13 +725,13 @@ def check_it_holds_what_was_written(contender: Contender[Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KEEPING_PEERS)
+@pytest.mark.parametrize("name", [*KEEPING_PEERS, "aiogram-redis-synced"])
 def test_peer_merges_an_update_and_returns_the_merged_data(name: str, around: Surroundings) -> None:
     check_it_merges(make_contender(name, around))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*KEEPING_PEERS, "echo"])
+@pytest.mark.parametrize("name", [*KEEPING_PEERS, "aiogram-redis-synced", "echo"])
 def test_peer_holds_the_last_update_of_each_key(name: str, around: Surroundings) -> None:
     check_it_holds_what_was_written(make_contender(name, around))
 
@@ -492,7 +739,7 @@ def test_peer_holds_the_last_update_of_each_key(name: str, around: Surroundings)
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("name", RAY_CONTENDERS)
+@pytest.mark.parametrize("name", [*RAY_CONTENDERS, *DURABLE_CONTENDERS])
 def test_contender_on_ray_merges_an_update_and_returns_the_merged_data(
     name: str, around: Surroundings
 ) -> None:
@@ -502,7 +749,7 @@ def test_contender_on_ray_merges_an_update_and_returns_the_merged_data(
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("name", RAY_CONTENDERS)
+@pytest.mark.parametrize("name", [*RAY_CONTENDERS, *DURABLE_CONTENDERS])
 def test_contender_on_ray_holds_the_last_update_of_each_key(name: str, around: Surroundings) -> None:
     check_it_holds_what_was_written(make_contender(name, around))
 
@@ -580,6 +827,43 @@ def test_run_measures_all_parts_and_writes_json_and_plot(tmp_path: Path) -> None
     assert from_json((tmp_path / "bench.json").read_bytes()) == report
     assert (tmp_path / "bench.png").read_bytes().startswith(PNG_SIGNATURE)
     assert "memory per conversation" in text.getvalue()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_run_of_the_parts_about_durable_stores() -> None:
+    config = BenchConfig(
+        contenders=(),
+        stores=("rocksdb",),
+        tasks=(1,),
+        seconds=SECONDS,
+        rounds=1,
+        memory_conversations=0,
+        sizes=(),
+        recovery_conversations=300,
+        kills=2,
+    )
+    text = StringIO()
+
+    report = run(config, console=Console(file=text, width=80))
+
+    assert [(cell.contender, cell.failure) for cell in report.cells] == [
+        ("fsm-ray-rocksdb", None),
+        ("aiogram-redis-synced", None),
+    ]
+    assert [(each.conversations, each.is_peer) for each in report.recovery] == [
+        (300, False),
+        (300, False),
+        (300, True),
+        (300, True),
+    ]
+    assert report.kills is not None
+    assert len(report.kills.answered_s.rounds) == len(report.kills.bare_s.rounds) == 2
+    assert report.kills.acknowledged > 0
+    assert report.kills.is_sound
+    assert from_json(to_json(report)) == report
+    assert "durable stores on" in text.getvalue()
 
 
 def children_of(pid: int) -> set[int]:

@@ -17,6 +17,8 @@ import ray
 import fsm_ray
 from fsm_ray import bench, cli
 from fsm_ray.bench import BenchConfig
+from fsm_ray.bench.figures import Figure
+from fsm_ray.bench.results import Kills, Machine, Report
 from fsm_ray.demo import crew as demo_crew
 from fsm_ray.demo.updates import generate_updates, write_updates
 from fsm_ray.errors import ConfigurationError, FsmRayError, NamespaceUnavailable, UnknownBot
@@ -102,12 +104,26 @@ class TestCommand:
         assert capsys.readouterr().err == "fsm-ray: it failed\n"
 
 
+def remember_configs(monkeypatch: pytest.MonkeyPatch, kills: Kills | None = None) -> list[BenchConfig]:
+    """Let the benchmark remember what it was to measure, and measure nothing."""
+    configs: list[BenchConfig] = []
+
+    def run(config: BenchConfig) -> Report:
+        configs.append(config)
+        return Report(
+            config, Machine("A CPU", 2, "Linux", "CPython", {}, "now", 0.0, 0.0), {}, (), kills=kills
+        )
+
+    monkeypatch.setattr(bench, "run", run)
+    return configs
+
+
 class TestBench:
     def test_options_reach_the_benchmark(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        configs: list[BenchConfig] = []
-        monkeypatch.setattr(bench, "run", configs.append)
+        configs = remember_configs(monkeypatch)
         options = (
             "--contenders echo,fsm-ray --tasks 1,8 --seconds 0.5 --rounds 2 --shards 3 --conversations 0"
+            " --store redis,rocksdb --recovery 1000 --kills 100"
         )
         code = run_here(
             monkeypatch,
@@ -120,12 +136,15 @@ class TestBench:
         assert configs == [
             BenchConfig(
                 contenders=("echo", "fsm-ray"),
+                stores=("redis", "rocksdb"),
                 tasks=(1, 8),
                 seconds=0.5,
                 rounds=2,
                 shards=3,
                 memory_conversations=0,
                 sizes=(),
+                recovery_conversations=1_000,
+                kills=100,
                 json_path=tmp_path / "a.json",
                 plot_path=tmp_path / "a.png",
             )
@@ -134,14 +153,36 @@ class TestBench:
     def test_without_options_the_benchmark_has_its_own_defaults(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        configs: list[BenchConfig] = []
-        monkeypatch.setattr(bench, "run", configs.append)
+        configs = remember_configs(monkeypatch)
         run_here(monkeypatch, "bench")
 
         assert configs == [BenchConfig()]
 
+    def test_all_stores_are_meant_by_one_word(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        configs = remember_configs(monkeypatch)
+        run_here(monkeypatch, "bench", "--store", "all")
+
+        assert configs == [BenchConfig(stores=bench.STORES)]
+
+    @pytest.mark.parametrize(("lost", "applied_twice", "code"), [(0, 0, 0), (1, 0, 1), (0, 1, 1)])
+    def test_a_write_that_was_lost_or_applied_twice_is_a_failure(
+        self, lost: int, applied_twice: int, code: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        figure = Figure((1.0,))
+        kills = Kills(figure, figure, figure, 1, 0, lost, applied_twice)
+        remember_configs(monkeypatch, kills)
+
+        assert run_here(monkeypatch, "bench", "--kills", "1") == code
+
     @pytest.mark.parametrize(
-        "arguments", [("--tasks", "many"), ("--contenders", "nobody"), ("--rounds", "0"), ("--seconds", "-1")]
+        "arguments",
+        [
+            ("--tasks", "many"),
+            ("--contenders", "nobody"),
+            ("--store", "memcached"),
+            ("--rounds", "0"),
+            ("--seconds", "-1"),
+        ],
     )
     def test_what_cannot_be_measured_is_wrong_usage(
         self, arguments: tuple[str, str], monkeypatch: pytest.MonkeyPatch
@@ -236,28 +277,18 @@ class TestDemo:
         assert "there is no Ray to keep the bot on" in result.stderr
         eventually(lambda: not processes_of(ray_directory), "the demo's Ray has ended")
 
-    def test_json_is_all_that_is_on_stdout(self, cluster: RayCluster) -> None:
+    def test_updates_are_read_from_a_file_and_json_is_all_that_is_on_stdout(
+        self, cluster: RayCluster, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "updates.jsonl"
+        write_updates(path, generate_updates(123, seed=5))
         result = run_command(
-            "demo", "--address", cluster.address, "--updates", "300", "--workers", "1", "--json"
+            *("demo", "--address", cluster.address, "--file", str(path), "--workers", "1", "--json")
         )
         report = json.loads(result.stdout)
 
         assert result.returncode == 0
-        assert (report["agrees"], report["updates"], report["differences"]) == (True, 300, [])
-
-    def test_updates_are_read_from_a_file(
-        self,
-        cluster: RayCluster,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-        tmp_path: Path,
-    ) -> None:
-        path = tmp_path / "updates.jsonl"
-        write_updates(path, generate_updates(123, seed=5))
-        code = run_here(monkeypatch, "demo", "--file", str(path), "--workers", "1", "--json")
-
-        assert code == 0
-        assert json.loads(capsys.readouterr().out)["updates"] == 123
+        assert (report["agrees"], report["updates"], report["differences"]) == (True, 123, [])
 
     def test_a_lost_update_ends_it_with_the_keys_that_differ(
         self, cluster: RayCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -6,20 +6,21 @@ Nothing of the extra `bench` is imported before `run` is called, so the command 
 from __future__ import annotations
 
 import importlib
+import sys
 
 from rich.console import Console
 
-from fsm_ray.bench.config import CONTENDERS, BenchConfig
+from fsm_ray.bench.config import CONTENDERS, STORES, BenchConfig
 from fsm_ray.bench.results import Report
 from fsm_ray.errors import MissingExtra
 
-__all__ = ["CONTENDERS", "BenchConfig", "Report", "run"]
+__all__ = ["CONTENDERS", "STORES", "BenchConfig", "Report", "run"]
 
 
 def run(config: BenchConfig | None = None, *, console: Console | None = None) -> Report:
     """Measure every contender, print the tables, write the JSON and the plot that config asks for.
 
-    Blocks for about `2 * seconds * rounds` per contender and number of tasks, plus the scale part. Servers
+    Blocks for about `2 * seconds * rounds` per contender and number of tasks, plus the other parts. Servers
     are real and local, started here and stopped at the end, also on an error, Ctrl-C or SIGTERM. Uses the
     Ray that this process is connected to, or starts a local one for the run. Call it from the main thread,
     outside of any event loop.
@@ -38,5 +39,5 @@ def run(config: BenchConfig | None = None, *, console: Console | None = None) ->
         raise MissingExtra(
             f"the benchmark needs {error.name!r}, which is not installed: pip install 'fsm-ray[bench]'"
         ) from error
-    report: Report = session.run(config, console or Console())
+    report: Report = session.run(config, console or Console(file=sys.stdout))
     return report

