@@ -112,6 +112,7 @@ class Lane:
         too_late: Callable[..., FsmRayError],
         *,
         max_operations: int = MAX_OPERATIONS,
+        takes_all: bool = False,
         on_silence: Callable[[], None] = lambda: None,
     ) -> None:
         """Make an idle lane without a connection.
@@ -122,6 +123,8 @@ class Lane:
             wake: called when there is work and no connection.
             too_late: makes the error of an operation that is given up.
             max_operations: in one request.
+            takes_all: whether a request carries all that waits, which is best where a commit takes longer
+                than everything else.
             on_silence: called when a request got no answer in time.
         """
         self._kind = kind
@@ -132,6 +135,7 @@ class Lane:
         self._wake = wake
         self._too_late = too_late
         self._max_operations = max_operations
+        self._takes_all = takes_all
         self._on_silence = on_silence
         self._session = os.urandom(16)
         self._number = 0
@@ -199,6 +203,11 @@ class Lane:
             return  # its operations were given up when their time was over
         self._sent_futures = []
         self._last_count = len(futures)
+        # The next request first: the shard works on it while results are handed out.
+        if self._operations:
+            self._flush()
+        else:
+            self._is_idle = self._send is not None
         for future, result in zip(futures, results, strict=True):
             try:
                 if type(result) in GOOD_RESULTS:
@@ -207,10 +216,6 @@ class Lane:
                     future.set_exception(protocol.error_of(result))
             except asyncio.InvalidStateError:
                 pass  # cancelled by its caller
-        if self._operations:
-            self._flush()
-        else:
-            self._is_idle = self._send is not None
 
     def fail(
         self, error: Callable[[], FsmRayError], of_write_under_way: Callable[[], FsmRayError] | None = None
@@ -244,7 +249,8 @@ class Lane:
             count = 1
         else:
             half = (len(operations) + self._last_count + 1) // 2
-            count = _fitting(operations[: min(max(half, _ENOUGH), self._max_operations)])
+            many = self._max_operations if self._takes_all else max(half, _ENOUGH)
+            count = _fitting(operations[: min(many, self._max_operations)])
         if count == len(operations):
             self._sent_operations, self._sent_futures = operations, self._futures
             self._sent_called_at = self._called_at
@@ -339,6 +345,7 @@ class Shard:
                 self._connect,
                 self._too_late,
                 max_operations=max_operations,
+                takes_all=kind == WRITE and not route.options.store.startswith("memory:"),
                 on_silence=self._hang_up,
             )
             for kind in (WRITE, READ_CONTENT, READ_RECORD)
