@@ -449,8 +449,10 @@ class TestRuns:
         assert f"All {report.conversations} conversations agree" in printed(report)
         assert bots(cluster) == set()
 
-    def test_a_bot_that_is_to_be_kept_stays_with_its_records(self, cluster: RayCluster) -> None:
-        report = run_on(cluster, keep=True)
+    def test_a_bot_that_is_to_be_kept_stays_with_its_records(
+        self, cluster: RayCluster, tmp_path: Path
+    ) -> None:
+        report = run_on(cluster, keep=True, store=f"rocksdb://{tmp_path}")
         with Storage() as storage:
             shards = storage.describe(report.bot_name).shards
             storage.drop(report.bot_name)

@@ -149,7 +149,9 @@ def _bot(storage: Storage, config: DemoConfig, display: Display) -> Iterator[str
         yield bot_name
     finally:
         if config.keep:
-            display.tell(f"Bot {bot_name} is kept: Storage().drop({bot_name!r}) ends it.")
+            display.tell(
+                f"Bot {bot_name} is kept: Storage().drop({bot_name!r}) ends it, and leaves {redacted(store)}"
+            )
         else:
             _drop(storage, bot_name, display)
             if config.store is None:
