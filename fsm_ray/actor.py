@@ -42,9 +42,6 @@ logger = logging.getLogger(__name__)
 
 RAY_NAMESPACE = "fsm_ray"
 
-HEAD_NODE = "node:__internal_head__"
-"""The resource that Ray gives to the head node."""
-
 ACTOR_OPTIONS: dict[str, Any] = {
     "namespace": RAY_NAMESPACE,
     "lifetime": "detached",
@@ -178,7 +175,7 @@ class NamespaceActor:
         if self._namespace is not None:
             return self._namespace
         if self._final is not None:
-            raise _again(self._final)
+            raise self._final.copied()
         if self._opening is None:
             self._opening = asyncio.get_running_loop().create_task(self._open())
             self._opening.add_done_callback(self._tried_to_open)
@@ -189,7 +186,7 @@ class NamespaceActor:
         error = opening.exception()
         if error is None:
             return opening.result()
-        raise _again(error) if isinstance(error, FsmRayError) else error
+        raise error.copied() if isinstance(error, FsmRayError) else error
 
     async def _open(self) -> Namespace:
         """Make the namespace from what the store holds."""
@@ -415,10 +412,8 @@ def call(reference: Any, bot_name: str, timeout_s: float) -> Any:
 
 
 def _create(bot_name: str, shard: int, options: BotOptions) -> ActorHandle[NamespaceActor]:
-    resources = {}
-    if options.store.startswith("rocksdb:"):
-        # Not by the node's id, which changes when the node starts anew: the actor waits for its directory.
-        resources[options.node_resource or HEAD_NODE] = 0.0001
+    # Not by the node's id, which changes when the node starts anew: the actor waits for its directory.
+    resources = {} if options.store_node is None else {options.store_node: 0.0001}
     actor_class: Any = ray.remote(NamespaceActor).options(
         name=_name(bot_name, shard), resources=resources, **ACTOR_OPTIONS
     )
@@ -443,11 +438,6 @@ def _prefer_this_thread() -> None:
 def _shown(value: Any) -> Any:
     """An option's value, without the password if it is a URL."""
     return redacted(value) if isinstance(value, str) else value
-
-
-def _again(error: FsmRayError) -> FsmRayError:
-    """A copy, to be raised once more: an exception that is raised again and again grows its traceback."""
-    return type(error)(str(error), **vars(error))
 
 
 def _was_restarted() -> bool:

@@ -40,7 +40,7 @@ FsmRayError
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 
 class FsmRayError(Exception):
@@ -55,6 +55,13 @@ class FsmRayError(Exception):
         super().__init__(message)
         # Exception pickles as cls(*args) plus __dict__, so facts set this way travel along.
         self.__dict__.update(facts)
+
+    def copied(self, addition: str = "") -> Self:
+        """The same error, the addition behind its message, to be raised once more.
+
+        An exception that is itself raised again and again grows its traceback each time.
+        """
+        return type(self)(f"{self}{addition}", **vars(self))
 
 
 class InvalidInput(FsmRayError):

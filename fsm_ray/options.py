@@ -22,6 +22,10 @@ _PATH_SCHEMES = ("rocksdb", "file", "unix")
 _BOT_NAME = re.compile(r"[A-Za-z0-9_@][A-Za-z0-9_.@-]{0,63}", re.ASCII)
 
 
+HEAD_NODE = "node:__internal_head__"
+"""The resource that Ray gives to the head node."""
+
+
 class BotOptions(BaseModel):
     """How one bot's conversations are kept.
 
@@ -65,6 +69,16 @@ class BotOptions(BaseModel):
     `"node:10.0.0.7"` names a node by its address. Shards start there and nowhere else.
     """
 
+    @property
+    def store_scheme(self) -> str:
+        """The kind of store, as its URL names it."""
+        return self.store.partition("://")[0]
+
+    @property
+    def store_node(self) -> str | None:
+        """The Ray resource of the one node on which the store can be opened; None: any node can."""
+        return (self.node_resource or HEAD_NODE) if self.store_scheme == "rocksdb" else None
+
     @field_validator("store")
     @classmethod
     def _store_is_known(cls, store: str) -> str:
@@ -87,15 +101,12 @@ def redacted(url: str) -> str:
 
 def whereabouts(options: BotOptions) -> str:
     """What to add where a shard is missed: on which node its records are, if they are on one alone."""
-    scheme, _, path = options.store.partition("://")
-    if scheme != "rocksdb":
+    resource = options.store_node
+    if resource is None:
         return ""
-    node = (
-        f"the node with the Ray resource {options.node_resource!r}"
-        if options.node_resource
-        else "Ray's head node"
-    )
-    return f"; its records lie in {path} on {node}, and it waits for that node"
+    node = "Ray's head node" if resource == HEAD_NODE else f"the node with the Ray resource {resource!r}"
+    directory = options.store.partition("://")[2]
+    return f"; its records lie in {directory} on {node}, and it waits for that node"
 
 
 def make_options(options: BotOptions | None, changes: dict[str, Any]) -> BotOptions:

@@ -19,7 +19,6 @@ from urllib.parse import urlsplit
 import ray
 from rich.console import Console
 
-from fsm_ray.actor import HEAD_NODE
 from fsm_ray.demo.config import DemoConfig
 from fsm_ray.demo.crew import Crew
 from fsm_ray.demo.crowd import JSON
@@ -30,7 +29,7 @@ from fsm_ray.demo.reference import Records, reference_records
 from fsm_ray.demo.report import Report, count_states, find_differences
 from fsm_ray.demo.updates import Conversation, generate_updates, read_updates, write_updates
 from fsm_ray.errors import ConfigurationError, InvalidInput, NamespaceUnavailable, RayUnreachable, UnknownBot
-from fsm_ray.options import redacted
+from fsm_ray.options import HEAD_NODE, redacted
 from fsm_ray.routing.directory import BotDescription
 from fsm_ray.storage import Storage
 

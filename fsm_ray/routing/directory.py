@@ -116,7 +116,7 @@ class Directory:
         try:
             self._patiently(lambda: actor.create_shards(bot_name, options, self._timeout_s))
         except NamespaceUnavailable as error:
-            raise NamespaceUnavailable(f"{error}{whereabouts(options)}", **vars(error)) from error
+            raise error.copied(whereabouts(options)) from error
         try:
             self._patiently(lambda: actor.open_shards(bot_name, options, self._timeout_s))
         except FsmRayError as error:

@@ -345,7 +345,7 @@ class Shard:
                 self._connect,
                 self._too_late,
                 max_operations=max_operations,
-                takes_all=kind == WRITE and not route.options.store.startswith("memory:"),
+                takes_all=kind == WRITE and route.options.store_scheme != "memory",
                 on_silence=self._hang_up,
             )
             for kind in (WRITE, READ_CONTENT, READ_RECORD)
@@ -389,9 +389,8 @@ class Shard:
                     return
         except FsmRayError as error:
             # Such as a bot that was dropped: trying again will not help.
-            final = error
             self._on_gone()
-            self.fail(lambda: type(final)(str(final), **vars(final)))
+            self.fail(error.copied)
         except Exception as error:
             # Nobody awaits this task: whoever waits for an answer must not wait for nothing.
             logger.exception("shard %d of bot %r cannot be reached", self._shard, self._route.bot_name)

@@ -30,7 +30,7 @@ def make_store(bot_name: str, shard: int, options: BotOptions) -> Store:
     Raises:
         MissingExtra: its driver is not installed.
     """
-    scheme = options.store.partition("://")[0]
+    scheme = options.store_scheme
     if scheme not in _KINDS:
         return MemoryStore()
     module, name = _KINDS[scheme]
