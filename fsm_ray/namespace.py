@@ -12,6 +12,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn, cast
@@ -62,6 +63,17 @@ class NamespaceStatistics:
     version: int
 
 
+@dataclass(slots=True)
+class _Commit:
+    """What the store is about to have, and who waits for that."""
+
+    done: asyncio.Future[None]
+    started_s: float
+    overlay: dict[bytes, bytes | None]
+    cleared: set[bytes]
+    answers: list[tuple[Answer, bytes]]
+
+
 _ABSENT = b""
 """What is found where there is no record: unlike None, which is a record that is being cleared."""
 
@@ -71,6 +83,13 @@ _CONFIRM_AT = 2 / 3
 
 
 def _ignore(_reason: FsmRayError) -> None: ...
+
+
+def _over(
+    overlay: dict[bytes, bytes | None], records: dict[bytes, bytes | None]
+) -> Callable[[bytes], bytes | None]:
+    """Finds records as they are when the overlay is committed."""
+    return lambda key: overlay[key] if key in overlay else records.get(key)
 
 
 class RequestRefused(Exception):
@@ -120,10 +139,12 @@ class Namespace:
         self._on_stopped = on_stopped
         self._operations = 0
         self._waiting: list[tuple[WriteRequest, Answer]] = []
-        self._commit: asyncio.Future[None] | None = None
-        # What the commit that is being put together, or is under way, changes. Cleared records are None until
-        # they are removed, which is before anybody can read them.
+        self._commits: deque[_Commit] = deque()
+        self._max_commits = store.max_commits
+        # What the commit that is being put together changes, and what it finds where it changes nothing.
+        # Cleared records are None until they are removed, which is before anybody can read them.
         self._overlay = {} if self._is_durable else self._records
+        self._below: Callable[[bytes], bytes | None] = self._records.get
         self._cleared: set[bytes] = set()
         self._answered: dict[bytes, Answered] = {} if self._is_durable else self._sessions.answered
         self._methods: dict[type, Callable[..., bytes]] = {
@@ -149,7 +170,7 @@ class Namespace:
                 # There is nothing to commit: the overlay is the records.
                 answered = self._evaluate(request)
                 if self._cleared:
-                    self._remove_cleared()
+                    self._remove(self._cleared)
                 return answered
             self._commit_soon(request, answer)
             return None
@@ -190,8 +211,8 @@ class Namespace:
         """Stop, and wait for the commit under way. Whoever waits for an answer gets none."""
         self._on_stopped = _ignore
         self._stop(NamespaceUnavailable(f"a shard of bot {self._bot_name!r} was closed", bot=self._bot_name))
-        if self._commit is not None:
-            await asyncio.wait([self._commit])
+        if self._commits:
+            await asyncio.wait([commit.done for commit in self._commits])
 
     async def _confirm(self, now_s: float) -> None:
         try:
@@ -229,66 +250,70 @@ class Namespace:
             self._on_stopped(reason)
 
     # The way of a write to a store: evaluate all that wait into an overlay, commit it, publish it, answer;
-    # then again with what came meanwhile.
+    # then again with what came meanwhile. Where a store takes commits ahead, the next one is evaluated over
+    # the overlay of the one under way, and handed over before that is done.
 
     def _commit_soon(self, request: WriteRequest, answer: Answer) -> None:
         if self._stopped is not None:
             raise NotServing
         self._waiting.append((request, answer))
-        if self._commit is None:
+        if len(self._commits) < self._max_commits:
             self._commit_waiting()
 
     def _commit_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
+        self._below = _over(self._commits[-1].overlay, self._records) if self._commits else self._records.get
         self._overlay = {}
+        self._cleared = set()
         self._answered = {}
         answers = [(answer, self._evaluate(request)) for request, answer in waiting]
         if not self._overlay and self._answered.keys() <= self._sessions.answered.keys():
             # Nothing was changed, so there is nothing to keep: sent again, such a write is answered again.
             # Only a new session is kept at once, for an unknown one that resends passes for a forgotten one.
-            # What was found is as good as what a read finds.
-            if self._lease_clock() < self._serves_until_s:
-                self._publish(answers)
+            # What was found is as good as what a read finds, once it is committed.
+            if self._commits:
+                self._commits[-1].answers += answers
+            elif self._lease_clock() < self._serves_until_s:
+                for answer, answered in answers:
+                    answer(answered)
             else:
                 self._stop(self._lapsed())
             return
         blob = self._packer.blob
         records = {key: packed and blob(packed) for key, packed in self._overlay.items()}
         forgotten = self._sessions.take_forgotten(self._answered)
+        self._sessions.remember(self._answered)
         started_s = self._lease_clock()
-        self._commit = self._store.commit(Batch(self._version, records, self._answered, forgotten))
-        self._commit.add_done_callback(lambda commit: self._committed(commit, started_s, answers))
+        done = self._store.commit(Batch(self._version, records, self._answered, forgotten))
+        self._commits.append(_Commit(done, started_s, self._overlay, self._cleared, answers))
+        done.add_done_callback(self._committed)
 
-    def _committed(
-        self, commit: asyncio.Future[None], started_s: float, answers: list[tuple[Answer, bytes]]
-    ) -> None:
-        error = asyncio.CancelledError() if commit.cancelled() else commit.exception()
+    def _committed(self, done: asyncio.Future[None]) -> None:
+        error = asyncio.CancelledError() if done.cancelled() else done.exception()
         if error is not None:
             # Whether it was kept is unknown, and memory can follow the store no more.
             if not isinstance(error, FsmRayError):
                 error = StoreUnavailable(f"a commit failed: {error!r}", bot=self._bot_name)
             self._stop(error)
-            return
-        self._owned_since(started_s)
-        self._commit = None
         if self._stopped is None:
-            self._publish(answers)
+            commit = self._commits.popleft()
+            self._owned_since(commit.started_s)
+            self._publish(commit)
 
-    def _publish(self, answers: list[tuple[Answer, bytes]]) -> None:
+    def _publish(self, commit: _Commit) -> None:
         """Show what was committed, and answer; then go on with what came meanwhile."""
-        self._records.update(self._overlay)
-        self._remove_cleared()
-        self._sessions.remember(self._answered)
-        for answer, answered in answers:
+        self._records.update(commit.overlay)
+        self._remove(commit.cleared)
+        for answer, answered in commit.answers:
             answer(answered)
         if self._waiting:
             self._commit_waiting()
 
-    def _remove_cleared(self) -> None:
-        for key in self._cleared:
+    def _remove(self, cleared: set[bytes]) -> None:
+        for key in cleared:
             if self._records.get(key, _ABSENT) is None:
                 del self._records[key]
-        self._cleared.clear()
+        cleared.clear()
 
     def _evaluate(self, request: WriteRequest) -> bytes:
         """The reply to one request; its effect goes to the overlay."""
@@ -327,7 +352,7 @@ class Namespace:
 
     def _update_data(self, operation: UpdateData) -> bytes:
         key, overlay = operation.key, self._overlay
-        packed = overlay[key] if key in overlay else self._records.get(key)
+        packed = overlay[key] if key in overlay else self._below(key)
         packed, content = self._packer.merge(packed, operation.changes, self._version + 1)
         if len(key) + len(packed) > self._surely_fitting_bytes:
             self._check_size(key, packed)
@@ -346,7 +371,7 @@ class Namespace:
     def _current(self, key: bytes) -> bytes | None:
         """The record as the operations before this one leave it, committed or not."""
         overlay = self._overlay
-        return overlay[key] if key in overlay else self._records.get(key)
+        return overlay[key] if key in overlay else self._below(key)
 
     def _put(self, key: bytes, packed: bytes) -> None:
         if len(key) + len(packed) > self._surely_fitting_bytes:

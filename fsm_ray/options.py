@@ -106,7 +106,7 @@ def whereabouts(options: BotOptions) -> str:
         return ""
     node = "Ray's head node" if resource == HEAD_NODE else f"the node with the Ray resource {resource!r}"
     directory = options.store.partition("://")[2]
-    return f"; its records lie in {directory} on {node}, and it waits for that node"
+    return f"; its records lie in {directory} on {node}, and it runs there alone"
 
 
 def make_options(options: BotOptions | None, changes: dict[str, Any]) -> BotOptions:

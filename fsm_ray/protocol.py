@@ -208,6 +208,11 @@ def write_request(number: int, operations: Sequence[bytes], session: bytes, *, i
     return len(body).to_bytes(4, "little") + body
 
 
+def is_write(request: bytes) -> bool:
+    """Whether this frame is a write request."""
+    return request[5] == WRITE
+
+
 def reply(kind: int, number: int, results: Sequence[bytes]) -> bytes:
     """A whole frame of results that are encoded already."""
     body = b"".join(

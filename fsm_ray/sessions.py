@@ -1,7 +1,7 @@
 """Sessions: what lets a write take effect once, though it may be sent twice.
 
-Each client numbers its writes within a session of its own and has one of them under way at a time, so the
-last number and its reply are all that a shard must remember.
+Each client numbers its writes within sessions of its own and has one of each under way at a time, so the last
+number of a session and its reply are all that a shard must remember.
 """
 
 from __future__ import annotations

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -290,3 +293,23 @@ def test_a_write_that_changes_nothing_does_not_reach_the_disk(
         storage.clear(bot_name, KEY)
 
     assert log.stat().st_size == size
+
+
+def test_a_disk_that_fills_up_takes_nothing_acknowledged_with_it() -> None:
+    # In a process of its own, which may mount a small tmpfs though it may be no administrator.
+    namespace = ["unshare", "--map-root-user", "--mount"]
+    ran = subprocess.run(
+        [*namespace, sys.executable, str(Path(__file__).with_name("full_disk.py"))],
+        capture_output=True,
+        text=True,
+        timeout=3 * DEADLINE_S,
+        check=False,
+    )
+    assert ran.returncode == 0, f"{' '.join(namespace)} needs user namespaces:\n{ran.stderr}"
+    seen = json.loads(ran.stdout.splitlines()[-1])
+
+    assert seen["acknowledged"] > 100
+    assert "No space left on device" in seen["told"]
+    assert seen["directory"] in seen["told"]
+    assert seen["there"] == seen["acknowledged"]
+    assert seen["same_process"]

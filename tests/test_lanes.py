@@ -74,6 +74,8 @@ class FakeConnection:
     def __init__(self) -> None:
         self.requests: list[ReadContent | ReadRecord | WriteRequest] = []
         self.frames: list[bytes] = []
+        self.answered = 0
+        """How many requests got their answers, by `Rig.answer_oldest`."""
 
     def send(self, request: bytes) -> None:
         assert int.from_bytes(request[:4], "little") == len(request) - 4
@@ -98,6 +100,10 @@ class FakeConnection:
         return [request.number for request in self.requests]
 
     @property
+    def sessions(self) -> list[bytes]:
+        return [request.session for request in self.requests if isinstance(request, WriteRequest)]
+
+    @property
     def resends(self) -> list[bool]:
         return [isinstance(request, WriteRequest) and request.is_resend for request in self.requests]
 
@@ -109,11 +115,18 @@ def too_late(*, outcome_unknown: bool) -> FsmRayError:
 class Rig:
     """A lane, with what a test does to it."""
 
-    def __init__(self, kind: int) -> None:
+    def __init__(self, kind: int, *, is_committing: bool = False) -> None:
         self.wakes = 0
         self.silences = 0
         self._kind = kind
-        self.lane = Lane(kind, TIMEOUT_S, self._wake, too_late, on_silence=self._count_silence)
+        self.lane = Lane(
+            kind,
+            TIMEOUT_S,
+            self._wake,
+            too_late,
+            is_committing=is_committing,
+            on_silence=self._count_silence,
+        )
 
     def connect(self) -> FakeConnection:
         connection = FakeConnection()
@@ -123,6 +136,12 @@ class Rig:
     def submit(self, *keys: bytes) -> list[asyncio.Future[Any]]:
         make = (lambda key: protocol.clear(key, None)) if self._kind == WRITE else protocol.read
         return [self.lane.submit(make(key)) for key in keys]
+
+    def answer_oldest(self, connection: FakeConnection) -> None:
+        """Answer the first request that has no answer yet."""
+        number = connection.answered
+        connection.answered += 1
+        self.lane.answered(connection.numbers[number], answers_to(*connection.keys[number]))
 
     def answer(self, connection: FakeConnection, results: Sequence[Any] | None = None) -> None:
         """Answer the last request."""
@@ -154,6 +173,12 @@ async def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
 @pytest.fixture
 async def writes(clock: FakeClock) -> Rig:
     return Rig(WRITE)
+
+
+@pytest.fixture
+async def commits(clock: FakeClock) -> Rig:
+    """A lane of writes that the shard commits."""
+    return Rig(WRITE, is_committing=True)
 
 
 @pytest.fixture(params=[WRITE, READ_CONTENT, READ_RECORD], ids=["writes", "contents", "records"])
@@ -322,6 +347,130 @@ class TestBatches:
         has_work.append(rig.lane.has_work)
 
         assert has_work == [False, True, True, False]
+
+
+class TestCommits:
+    """A lane of writes that are committed: one request may wait at the shard while another is committed."""
+
+    async def test_a_request_as_large_as_the_small_one_under_way_is_sent_beside_it(
+        self, commits: Rig
+    ) -> None:
+        connection = commits.connect()
+        futures = commits.submit(b"a", b"b")
+        await settle()
+        keys_before_any_answer = connection.keys
+        commits.answer_oldest(connection)
+        commits.answer_oldest(connection)
+
+        assert keys_before_any_answer == [[b"a"], [b"b"]]
+        assert outcomes(futures) == answers_to(b"a", b"b")
+
+    async def test_it_takes_all_of_the_tasks_that_are_ready(self, commits: Rig) -> None:
+        connection = commits.connect()
+        commits.submit(b"a")
+        commits.submit(b"b", b"c", b"d")
+        await settle()
+
+        assert connection.keys == [[b"a"], [b"b", b"c", b"d"]]
+
+    async def test_there_is_no_third(self, commits: Rig) -> None:
+        connection = commits.connect()
+        for key in (b"a", b"b", b"c", b"d"):
+            commits.submit(key)
+            await settle()
+        keys_before_any_answer = connection.keys
+        commits.answer_oldest(connection)
+        await settle()
+
+        assert keys_before_any_answer == [[b"a"], [b"b"]]
+        assert connection.keys == [[b"a"], [b"b"], [b"c", b"d"]]
+
+    async def test_a_smaller_one_waits_until_it_is_as_large(self, commits: Rig) -> None:
+        commits.submit(b"a", b"b", b"c")
+        connection = commits.connect()
+        commits.submit(b"d", b"e")
+        await settle()
+        requests_before = len(connection.requests)
+        commits.submit(b"f")
+        await settle()
+
+        assert requests_before == 1
+        assert connection.keys == [[b"a", b"b", b"c"], [b"d", b"e", b"f"]]
+
+    async def test_beside_a_large_one_nothing_is_sent(self, commits: Rig) -> None:
+        keys = [b"%d" % number for number in range(3 * lanes._ENOUGH)]
+        commits.submit(*keys)
+        connection = commits.connect()
+        commits.submit(*keys)
+        await settle()
+        requests_before = len(connection.requests)
+        commits.answer_oldest(connection)
+
+        assert requests_before == 1
+        assert connection.keys == [keys, keys]
+
+    async def test_each_of_the_two_has_a_session_of_its_own(self, commits: Rig) -> None:
+        connection = commits.connect()
+        for _ in range(3):
+            commits.submit(b"a", b"b")
+            await settle()
+            commits.answer_oldest(connection)
+            commits.answer_oldest(connection)
+
+        one, other = connection.sessions[:2]
+        assert one != other
+        for session in (one, other):
+            numbers = [
+                number
+                for number, its in zip(connection.numbers, connection.sessions, strict=True)
+                if its == session
+            ]
+            assert numbers == [1, 2, 3]
+
+    async def test_a_lone_task_needs_one_session(self, commits: Rig) -> None:
+        connection = commits.connect()
+        for _ in range(5):
+            commits.submit(b"a")
+            commits.answer_oldest(connection)
+
+        assert len(set(connection.sessions)) == 1
+
+    async def test_both_are_sent_again_in_their_order(self, commits: Rig) -> None:
+        first = commits.connect()
+        futures = commits.submit(b"a", b"b", b"c")
+        await settle()
+        commits.lane.disconnected()
+        second = commits.connect()
+        sent_again = second.keys, second.resends, second.numbers, second.sessions
+        commits.answer_oldest(second)
+        commits.answer_oldest(second)
+
+        assert sent_again == (first.keys, [True, True], first.numbers, first.sessions)
+        assert outcomes(futures) == answers_to(b"a", b"b", b"c")
+
+    async def test_each_is_given_up_at_its_own_time(self, commits: Rig, clock: FakeClock) -> None:
+        commits.connect()
+        futures = commits.submit(b"a")
+        await clock.advance(1)
+        futures += commits.submit(b"b")
+        await clock.advance(TIMEOUT_S - 1)
+        at_first = outcomes(futures)
+        silences = commits.silences
+        await clock.advance(1)
+
+        assert at_first == [OutcomeUnknown, "pending"]
+        assert silences == 1
+        assert outcomes(futures) == [OutcomeUnknown, OutcomeUnknown]
+
+    async def test_both_fail_with_an_unknown_outcome_and_what_waits_does_not(self, commits: Rig) -> None:
+        commits.connect()
+        futures = commits.submit(b"a", b"b")
+        await settle()
+        futures += commits.submit(b"c")
+        commits.lane.fail(lambda: StorageClosed("closed"), lambda: OutcomeUnknown("closed"))
+
+        assert outcomes(futures) == [OutcomeUnknown, OutcomeUnknown, StorageClosed]
+        assert not commits.lane.has_work
 
 
 class TestSizes:
@@ -885,13 +1034,14 @@ class TestWithAShard:
         st.sampled_from(["submit", "submit", "arrive", "arrive", "come back", "lose", "turn"]), max_size=60
     )
 
+    @pytest.mark.parametrize("is_committing", [False, True])
     @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
     @given(steps=STEPS)
     async def test_every_write_takes_effect_once_and_in_order_whatever_gets_lost(
-        self, steps: list[str], clock: FakeClock
+        self, steps: list[str], clock: FakeClock, *, is_committing: bool
     ) -> None:
         namespace = Namespace("my_bot", BotOptions(), MemoryStore(), Contents(version=0))
-        lane = Lane(WRITE, TIMEOUT_S, lambda: None, too_late)
+        lane = Lane(WRITE, TIMEOUT_S, lambda: None, too_late, is_committing=is_committing)
         connection = ShardConnection(namespace, lane)
         lane.connected(connection)
         futures: list[asyncio.Future[Any]] = []

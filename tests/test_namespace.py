@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -65,9 +66,9 @@ class FakeStore(Store):
         self.commit_under_way = self._loop.create_future()
         return self.commit_under_way
 
-    def keep(self) -> None:
-        """Keep the batch, without telling yet."""
-        batch = self.batches[-1]
+    def keep(self, batch: Batch | None = None) -> None:
+        """Keep the batch, or else the last one, without telling yet."""
+        batch = batch or self.batches[-1]
         self._kept.version = batch.version
         for session in batch.forgotten:
             del self._kept.sessions[session]
@@ -170,8 +171,8 @@ def session_of(name: str) -> bytes:
 class Shard:
     """A namespace, its store, and the steps of a test."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, **options: Any) -> None:
-        self.store = FakeStore(loop)
+    def __init__(self, store: FakeStore, **options: Any) -> None:
+        self.store = store
         self.now_s = 1_000_000.0
         self._options = BotOptions(**options)
         self.restart()
@@ -213,7 +214,7 @@ class Shard:
 
 @pytest.fixture
 async def shard() -> Shard:
-    return Shard(asyncio.get_running_loop())
+    return Shard(FakeStore(asyncio.get_running_loop()))
 
 
 @pytest.fixture
@@ -250,6 +251,147 @@ WRITES: dict[str, Callable[[bytes, int | None], bytes]] = {
     "clear": clear,
 }
 every_write = pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+
+
+class AheadStore(FakeStore):
+    """Takes a second commit while the first is under way, and is done with them in their order."""
+
+    max_commits: ClassVar[int] = 2
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self.commits: deque[tuple[Batch, asyncio.Future[None]]] = deque()
+
+    def commit(self, batch: Batch) -> asyncio.Future[None]:
+        assert len(self.commits) < self.max_commits
+        self.batches.append(batch)
+        self.commits.append((batch, self._loop.create_future()))
+        return self.commits[-1][1]
+
+    async def done_with_one(self, error: Exception | None = None) -> None:
+        batch, commit = self.commits.popleft()
+        if error is None:
+            self.keep(batch)
+            commit.set_result(None)
+        else:
+            commit.set_exception(error)
+        await asyncio.sleep(0)
+
+
+@pytest.fixture
+async def ahead() -> Shard:
+    return Shard(AheadStore(asyncio.get_running_loop()))
+
+
+class TestCommitsAhead:
+    """A store that takes the next commit before the last one is done."""
+
+    @pytest.fixture
+    async def store(self, ahead: Shard) -> AheadStore:
+        assert isinstance(ahead.store, AheadStore)
+        return ahead.store
+
+    async def test_the_next_commit_is_handed_over_before_the_last_is_done(
+        self, ahead: Shard, store: AheadStore
+    ) -> None:
+        clients = [ahead.client(name) for name in ("ann", "bob", "cid", "dan")]
+        for client in clients:
+            client.write(update_data(ANN, n=1))
+        handed_over = len(store.commits)
+        answered = []
+        for _ in range(3):
+            await store.done_with_one()
+            answered.append([len(client.replies) for client in clients])
+
+        assert handed_over == 2
+        assert answered == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+        assert [batch.version for batch in store.batches] == [1, 2, 4]
+
+    async def test_it_is_evaluated_over_what_the_last_changes(self, ahead: Shard, store: AheadStore) -> None:
+        ann, bob = ahead.client("ann"), ahead.client("bob")
+        ann.write(set_record(ANN, "flow", a=1), clear(BOB), set_record(CID))
+        bob.write(update_data(ANN, expected_version=1, b=2), clear(BOB), clear(CID), set_record(BOB))
+        await store.done_with_one()
+        between = bob.read(ANN, BOB, CID)
+        await store.done_with_one()
+
+        assert bob.results == [ContentView({"a": 1, "b": 2}, 3), False, True, 5]
+        assert between == [view("flow", None, {"a": 1}, 1), None, view(None, None, {}, 2)]
+        assert bob.read(ANN, BOB, CID) == [
+            view("flow", None, {"a": 1, "b": 2}, 3),
+            view(None, None, {}, 5),
+            None,
+        ]
+        assert ahead.namespace.statistics().records == 2
+
+    async def test_a_record_cleared_by_the_last_and_made_again_by_the_next_is_there(
+        self, ahead: Shard, store: AheadStore
+    ) -> None:
+        ann, bob = ahead.client("ann"), ahead.client("bob")
+        ann.write(set_record(ANN))
+        await store.done_with_one()
+        ann.write(clear(ANN))
+        bob.write(set_record(ANN, "again"))
+        await store.done_with_one()
+        between = bob.read(ANN)
+        await store.done_with_one()
+
+        assert between == [None]
+        assert bob.read(ANN) == [view("again", None, {}, 3)]
+        assert ahead.namespace.statistics().records == 1
+
+    async def test_a_write_that_changes_nothing_is_answered_with_the_commit_that_it_found(
+        self, ahead: Shard, store: AheadStore
+    ) -> None:
+        ann, bob = ahead.client("ann"), ahead.client("bob")
+        bob.write(clear(CID))
+        await store.done_with_one()
+        ann.write(set_record(ANN))
+        bob.write(set_record(ANN, expected_version=0))
+        await asyncio.sleep(0)
+        answered_early = len(bob.replies) > 1
+        await store.done_with_one()
+
+        assert not answered_early
+        assert [type(result) for result in bob.results] == [VersionConflict]
+        assert len(store.batches) == 2
+
+    async def test_a_write_sent_again_while_it_is_committed_takes_effect_once(
+        self, ahead: Shard, store: AheadStore
+    ) -> None:
+        ann = ahead.client("ann")
+        ann.write(update_data(ANN, n=1))
+        ann.resend(update_data(ANN, n=1))
+        await asyncio.sleep(0)
+        answered_early = bool(ann.replies)
+        await store.done_with_one()
+
+        assert not answered_early
+        assert ann.replies == [(1, [ContentView({"n": 1}, 1)])] * 2
+        assert len(store.batches) == 1
+
+    async def test_when_one_fails_nothing_after_it_is_answered(self, ahead: Shard, store: AheadStore) -> None:
+        ann, bob = ahead.client("ann"), ahead.client("bob")
+        ann.write(set_record(ANN))
+        bob.write(set_record(BOB))
+        await store.done_with_one(StoreUnavailable("no"))
+        await store.done_with_one()
+
+        assert (ann.replies, bob.replies) == ([], [])
+        assert [str(error) for error in ahead.stopped] == ["no"]
+        with pytest.raises(NotServing):
+            ann.read(ANN)
+
+    async def test_close_waits_for_all_commits(self, ahead: Shard, store: AheadStore) -> None:
+        ahead.client("ann").write(set_record(ANN))
+        ahead.client("bob").write(set_record(BOB))
+        closing = asyncio.create_task(ahead.namespace.close())
+        await store.done_with_one()
+        closed_early = closing.done()
+        await store.done_with_one()
+        await closing
+
+        assert not closed_early
 
 
 class TestCommits:
@@ -925,7 +1067,7 @@ class TestRecordTooLarge:
 
     @pytest.fixture
     async def shard(self) -> Shard:
-        return Shard(asyncio.get_running_loop(), max_record_bytes=self.LIMIT)
+        return Shard(FakeStore(asyncio.get_running_loop()), max_record_bytes=self.LIMIT)
 
     def operations(self, size: int) -> dict[str, bytes]:
         """Operations that would make a record of this size out of one with `flow` and `{"a": 1}`."""
@@ -1281,7 +1423,7 @@ class NamespaceMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        self.shard = Shard(self.loop, max_record_bytes=Model.LIMIT)
+        self.shard = Shard(FakeStore(self.loop), max_record_bytes=Model.LIMIT)
         self.model = Model()
         self.numbers = [0] * self.CLIENTS
         self.sent: dict[int, Sequence[Operation]] = {}

@@ -174,6 +174,30 @@ class IgnoresLeases(FileStore):
         super().__init__(place, sleep=lambda _: asyncio.sleep(0))
 
 
+class EndsOutOfOrder(FileStore):
+    """Takes two commits at a time, and tells of every second one before the one that came first."""
+
+    max_commits: ClassVar[int] = 2
+
+    def commit(self, batch: Batch) -> asyncio.Future[None]:
+        kept = super().commit(batch)
+        if batch.version % 2 == 0:
+            return kept
+        later: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_later(PAUSE_S, self._tell, kept, later)
+        return later
+
+    @staticmethod
+    def _tell(kept: asyncio.Future[None], later: asyncio.Future[None]) -> None:
+        error = kept.exception()
+        if later.cancelled():
+            return
+        if error is None:
+            later.set_result(None)
+        else:
+            later.set_exception(error)
+
+
 class TakesAHalfMadeStoreForForeign(FileStore):
     """Makes a new store in two steps, and cannot go on from the first one."""
 
@@ -236,10 +260,12 @@ FENCING = {
     "of_two_that_open_the_store_at_once_one_owns_it",
     "who_opened_the_store_before_can_commit_nothing_more",
 }
+ORDER = "commits_that_are_under_way_together_end_in_their_order"
 REMOVAL = {
     "a_batch_of_thousands_is_kept",
     "a_store_can_be_opened_again_without_being_closed",
     "any_series_of_batches_and_openings_leaves_what_a_dict_would_hold",
+    ORDER,
     "what_was_committed_is_there_for_another_object",
     "who_opened_the_store_before_can_commit_nothing_more",
 }
@@ -258,6 +284,7 @@ FAILS: dict[type[FileStore], set[str]] = {
         "open_waits_out_the_lease_of_an_owner_whose_process_lives",
         "who_opened_the_store_before_closes_it_for_itself_alone",
     },
+    EndsOutOfOrder: {ORDER},
     TakesAHalfMadeStoreForForeign: {
         "a_store_whose_first_owner_is_killed_while_it_opens_it_can_be_opened",
     },

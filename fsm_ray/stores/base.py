@@ -99,6 +99,9 @@ class Store(ABC):
     is_shared: ClassVar[bool]
     """Whether another process can open the store while this one lives, so that ownership is leased."""
 
+    max_commits: ClassVar[int] = 1
+    """How many commits may be under way, 1 or 2. They are kept, and end, in their order."""
+
     @abstractmethod
     async def open(self) -> Contents:
         """Become the owner, and return everything that was ever acknowledged.
@@ -114,7 +117,7 @@ class Store(ABC):
 
     @abstractmethod
     def commit(self, batch: Batch) -> asyncio.Future[None]:
-        """Keep the batch; when the future is done, it is kept. One commit ends before the next begins.
+        """Keep the batch; when the future is done, it is kept. See `max_commits` for how many at a time.
 
         Never called when the store is not durable. The future raises NotOwner or StoreUnavailable; after any
         error it is unknown whether the batch was kept, and the store must be closed, and opened again.

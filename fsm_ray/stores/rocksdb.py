@@ -47,6 +47,7 @@ class RocksDBStore(OwnedStore):
     """Keeps one shard in a directory of its own, `<directory>/<bot>/<shard>`."""
 
     is_shared: ClassVar[bool] = False
+    max_commits: ClassVar[int] = 2
 
     def __init__(self, place: Place, **clocks: Any) -> None:
         super().__init__(place, **clocks)
@@ -58,7 +59,8 @@ class RocksDBStore(OwnedStore):
         """See `Store.commit`.
 
         rocksdict holds Python's lock while it writes, and frees it only while it syncs. So the write, which
-        goes to the page cache, is made here, and only the sync in a thread.
+        goes to the page cache, is made here, and only the sync in a thread. The next batch is written while
+        the last one is synced.
         """
         write = WriteBatch(raw_mode=True)
         put, delete, crc32 = write.put, write.delete, zlib.crc32

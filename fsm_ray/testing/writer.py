@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -28,7 +29,7 @@ _processes.set_forkserver_preload(["fsm_ray.testing"])
 
 
 class Writer:
-    """Opens the store, commits numbered batches one after the other, and then keeps the store open.
+    """Opens the store, commits numbered batches, as many at a time as it takes, and keeps it open.
 
     Its numbers go on from the version that it found. As a context manager it is killed in the end.
     """
@@ -141,17 +142,28 @@ def _write(connection: Connection, make_store: MakeStore, place: Place, batches:
 
 async def _commit_all(connection: Connection, store: Store, batches: int) -> None:
     number = await _opened(connection, store)
+    under_way: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def acknowledge_one() -> None:
+        begun, commit = under_way.popleft()
+        await commit
+        connection.send(("acknowledged", begun))
+
     for _ in range(batches):
         number += 1
         connection.send(("begun", number))
+        under_way.append((number, store.commit(numbered_batch(number))))
         try:
-            await store.commit(numbered_batch(number))
+            while len(under_way) == store.max_commits:
+                await acknowledge_one()
         except StoreUnavailable:
             # So may end what a stopped process had under way. It is unknown whether that was kept.
+            await asyncio.gather(*(commit for _, commit in under_way), return_exceptions=True)
+            under_way.clear()
             await store.close()
             number = await _opened(connection, store)
-        else:
-            connection.send(("acknowledged", number))
+    while under_way:
+        await acknowledge_one()
     await asyncio.to_thread(connection.poll, None)
 
 
