@@ -312,10 +312,15 @@ class TestDemo:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, "PYTHONFAULTHANDLER": "1"},
         )
         eventually(lambda: len(bots()) == 2, "the demo has made its bot")
         demo.send_signal(signal.SIGINT)
-        _, told = demo.communicate(timeout=DEADLINE_S)
+        try:
+            _, told = demo.communicate(timeout=DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            demo.send_signal(signal.SIGABRT)
+            pytest.fail(f"it goes on, here: {demo.communicate()[1]}")
 
         assert demo.returncode == cli.EXIT_INTERRUPTED
         assert bots() == []
