@@ -352,6 +352,12 @@ def find_shard(bot_name: str, shard: int) -> ActorHandle[NamespaceActor]:
         ) from None
 
 
+def running_bots() -> list[str]:
+    """The names of all bots on this cluster, sorted."""
+    names = [name.rpartition("/") for name in _actor_names()]
+    return sorted(bot_name for bot_name, _, shard in names if shard == "0")
+
+
 def running_options(bot_name: str, timeout_s: float) -> BotOptions:
     """The options that the bot was made with.
 
@@ -375,11 +381,7 @@ def kill_shards(bot_name: str, timeout_s: float) -> None:
     Raises:
         UnknownBot: it has none.
     """
-    names = [
-        actor["name"]
-        for actor in ray.util.list_named_actors(all_namespaces=True)
-        if actor["namespace"] == RAY_NAMESPACE and actor["name"].rpartition("/")[0] == bot_name
-    ]
+    names = [name for name in _actor_names() if name.rpartition("/")[0] == bot_name]
     if not names:
         find_shard(bot_name, 0)
     for name in sorted(names, key=lambda name: int(name.rpartition("/")[2]), reverse=True):
@@ -423,6 +425,12 @@ def _create(bot_name: str, shard: int, options: BotOptions) -> ActorHandle[Names
 
 def _name(bot_name: str, shard: int) -> str:
     return f"{bot_name}/{shard}"
+
+
+def _actor_names() -> list[str]:
+    """The names of all bots' actors."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in actors if actor["namespace"] == RAY_NAMESPACE]
 
 
 def _prefer_this_thread() -> None:

@@ -11,7 +11,7 @@ import asyncio
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from threading import get_ident
 from typing import Any, Literal, Self, TypeVar
 
@@ -21,10 +21,11 @@ from fsm_ray.protocol import ContentView, RecordView
 from fsm_ray.routing.blocking import BlockingBot
 from fsm_ray.routing.directory import BotDescription, Directory
 from fsm_ray.routing.lanes import LoopBot
-from fsm_ray.routing.route import Route
+from fsm_ray.routing.route import Addressed, Route
 from fsm_ray.state import State
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 Here = tuple[int, Callable[[], bool], dict[str, "LoopBot"]]
 """A thread, whether its loop is running, and the bots of that loop."""
@@ -209,6 +210,38 @@ class Storage(_Facade):
         was_there: bool = bot.write(bot.route.clear(key, expected_version))
         return was_there
 
+    def get_many(self, bot_name: str, keys: Iterable[Hashable]) -> list[State | None]:
+        """As get_state, of each of the keys, in their order. They travel together.
+
+        Each is read by itself: a write that is made meanwhile may be seen in some and not yet in others.
+
+        Raises:
+            UnknownBot, InvalidKey, ValueNotDecodable, NamespaceUnavailable: as get_state.
+        """
+        return [_to_state(record) for record in self._bot(bot_name).read_records(keys)]
+
+    def set_many(self, bot_name: str, states: Mapping[K, State]) -> list[int]:
+        """As set_state, of each of the keys; return their versions, in the same order. They travel together.
+
+        Each is stored by itself, and all are tried, though one fails. Calling it again is safe.
+
+        Raises:
+            InvalidState, InvalidKey, InvalidData, PickleNotAllowed: nothing was changed.
+            RecordTooLarge, UnknownBot, NamespaceUnavailable, OutcomeUnknown: as set_state, of the first that
+                failed; others may have been stored.
+        """
+        bot = self._bot(bot_name)
+        return bot.write_many(_set_each(bot.route, states))
+
+    def bots(self) -> list[str]:
+        """The names of the bots on this cluster, sorted.
+
+        Raises:
+            RayUnreachable: there is no Ray, and none could be started.
+        """
+        self._check_open()
+        return self._directory.bots()
+
     def describe(self, bot_name: str) -> BotDescription:
         """The bot's options, and where its shards are and what they hold.
 
@@ -321,6 +354,21 @@ class AsyncStorage(_Facade):
         was_there: bool = await bot.write(bot.route.clear(key, expected_version))
         return was_there
 
+    async def get_many(self, bot_name: str, keys: Iterable[Hashable]) -> list[State | None]:
+        """See `Storage.get_many`."""
+        bot = self._bots().get(bot_name) or await self._resolve(bot_name)
+        return [_to_state(record) for record in await bot.read_records(keys)]
+
+    async def set_many(self, bot_name: str, states: Mapping[K, State]) -> list[int]:
+        """See `Storage.set_many`."""
+        bot = self._bots().get(bot_name) or await self._resolve(bot_name)
+        return await bot.write_many(_set_each(bot.route, states))
+
+    async def bots(self) -> list[str]:
+        """See `Storage.bots`."""
+        self._check_open()
+        return await self._in_thread(self._directory.bots)
+
     async def describe(self, bot_name: str) -> BotDescription:
         """See `Storage.describe`."""
         self._check_open()
@@ -412,6 +460,10 @@ def _to_state(record: RecordView | None) -> State | None:
     return State(
         flow=record.flow, state=record.state, data=record.content.data, version=record.content.version
     )
+
+
+def _set_each(route: Route, states: Mapping[K, State]) -> list[Addressed]:
+    return [route.set_record(key, state, None) for key, state in states.items()]
 
 
 def _closed() -> StorageClosed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Protocol
 
 import ray
@@ -23,6 +23,7 @@ from fsm_ray.channel.handshake import HandshakeFailed
 from fsm_ray.errors import NamespaceUnavailable, UnknownBot
 from fsm_ray.protocol import GOOD_RESULTS, READ_CONTENT, READ_RECORD, WRITE, ContentView, RecordView
 from fsm_ray.routing.directory import Directory, retry_delay_s
+from fsm_ray.routing.lanes import fitting
 from fsm_ray.routing.route import Addressed, Route
 
 logger = logging.getLogger(__name__)
@@ -85,18 +86,18 @@ class BlockingShard:
         self._connection: Connection | None = None
         self._pid = os.getpid()
 
-    def read(self, kind: int, operation: bytes) -> Any:
-        """The operation's result.
+    def read(self, kind: int, operations: Sequence[bytes]) -> Sequence[Any]:
+        """The operations' results, errors among them; they must fit into one request.
 
         Raises:
             NamespaceUnavailable: no answer within `timeout_s`.
         """
         self._read_number += 1
         number = self._read_number
-        return self._call(kind, lambda _: protocol.read_request(kind, number, (operation,)))
+        return self._call(kind, lambda _: protocol.read_request(kind, number, operations))
 
-    def write(self, operation: bytes) -> Any:
-        """The operation's result.
+    def write(self, operations: Sequence[bytes]) -> Sequence[Any]:
+        """As `read`.
 
         Raises:
             NamespaceUnavailable: the shard could not be reached within `timeout_s`; nothing was changed.
@@ -108,7 +109,7 @@ class BlockingShard:
         number, session = self._number, self._session
         return self._call(
             WRITE,
-            lambda is_resend: protocol.write_request(number, (operation,), session, is_resend=is_resend),
+            lambda is_resend: protocol.write_request(number, operations, session, is_resend=is_resend),
         )
 
     def close(self) -> None:
@@ -119,12 +120,9 @@ class BlockingShard:
     def __del__(self) -> None:
         self.close()
 
-    def _call(self, kind: int, request: Callable[[bool], bytes]) -> Any:
+    def _call(self, kind: int, request: Callable[[bool], bytes]) -> Sequence[Any]:
         _, _, results = self._route.decoder.decode(self._exchange(kind, request))
-        result = results[0]
-        if type(result) not in GOOD_RESULTS:
-            raise protocol.error_of(result)
-        return result
+        return results
 
     def _exchange(self, kind: int, request: Callable[[bool], bytes]) -> bytes:
         """The reply to the request, sent again over new connections until `timeout_s` is over."""
@@ -215,20 +213,53 @@ class BlockingBot:
     def read_content(self, key: Hashable) -> ContentView | None:
         """What is under the key, flow and state left out; raises as `BlockingShard.read`."""
         shard, operation = self.route.read(key)
-        content: ContentView | None = self._shards[shard].read(READ_CONTENT, operation)
+        content: ContentView | None = _good(self._shards[shard].read(READ_CONTENT, (operation,))[0])
         return content
 
     def read_record(self, key: Hashable) -> RecordView | None:
         """What is under the key; raises as `BlockingShard.read`."""
         shard, operation = self.route.read(key)
-        record: RecordView | None = self._shards[shard].read(READ_RECORD, operation)
+        record: RecordView | None = _good(self._shards[shard].read(READ_RECORD, (operation,))[0])
         return record
 
     def write(self, addressed: Addressed) -> Any:
-        """As `BlockingShard.write`, at the shard that has the key."""
+        """The operation's result; raises as `BlockingShard.write`."""
         shard, operation = addressed
-        return self._shards[shard].write(operation)
+        return _good(self._shards[shard].write((operation,))[0])
+
+    def read_records(self, keys: Iterable[Hashable]) -> list[RecordView | None]:
+        """What is under each of the keys; raises as `BlockingShard.read`."""
+        addressed = [self.route.read(key) for key in keys]
+        return self._many(addressed, lambda shard, operations: shard.read(READ_RECORD, operations))
+
+    def write_many(self, addressed: Sequence[Addressed]) -> list[Any]:
+        """The result of each operation; all are made, though one fails. Raises as `BlockingShard.write`."""
+        return self._many(addressed, BlockingShard.write)
+
+    def _many(
+        self,
+        addressed: Sequence[Addressed],
+        exchange: Callable[[BlockingShard, Sequence[bytes]], Sequence[Any]],
+    ) -> list[Any]:
+        """The results, in the order of the operations; one request at a time, each as full as it can be."""
+        results: list[Any] = [None] * len(addressed)
+        for number, shard in enumerate(self._shards):
+            places = [place for place, (its, _) in enumerate(addressed) if its == number]
+            while places:
+                operations = [addressed[place][1] for place in places[: self.route.max_operations]]
+                count = fitting(operations)
+                for place, result in zip(places, exchange(shard, operations[:count]), strict=False):
+                    results[place] = result
+                del places[:count]
+        return [_good(result) for result in results]
 
     def close(self) -> None:
         for shard in self._shards:
             shard.close()
+
+
+def _good(result: Any) -> Any:
+    """The result, unless it is an error: that is raised."""
+    if type(result) not in GOOD_RESULTS:
+        raise protocol.error_of(result)
+    return result

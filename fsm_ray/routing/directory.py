@@ -178,6 +178,11 @@ class Directory:
             if bot == bot_name:
                 self._endpoints.pop((bot, shard), None)
 
+    def bots(self) -> list[str]:
+        """See `Storage.bots`."""
+        self._attach()
+        return actor.running_bots()
+
     def describe(self, bot_name: str) -> BotDescription:
         """What the bot's shards say of themselves, now.
 

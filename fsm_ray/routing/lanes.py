@@ -15,7 +15,7 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ray.actor import ActorHandle
@@ -32,7 +32,6 @@ from fsm_ray.protocol import (
     GOOD_RESULTS,
     MAX_FRAME_BYTES,
     MAX_OPERATIONS,
-    MAX_REPLY_BYTES,
     READ_CONTENT,
     READ_RECORD,
     UNDECODABLE,
@@ -306,7 +305,7 @@ class Lane:
         else:
             half = (len(operations) + self._last_count + 1) // 2
             many = self._max_operations if self._takes_all else max(half, _ENOUGH)
-            count = _fitting(operations[: min(many, self._max_operations)])
+            count = fitting(operations[: min(many, self._max_operations)])
         session = self._free_sessions.pop()
         session.number += 1
         if count == len(operations):
@@ -364,7 +363,7 @@ def _fail(futures: list[asyncio.Future[Any]], error: Callable[[], FsmRayError]) 
             future.set_exception(error())
 
 
-def _fitting(operations: list[bytes]) -> int:
+def fitting(operations: list[bytes]) -> int:
     """How many of the first operations can travel in one request."""
     if sum(map(len, operations)) <= _MAX_REQUEST_BYTES:
         return len(operations)
@@ -397,15 +396,13 @@ class Shard:
         self._connecting: asyncio.Task[None] | None = None
         self._timeout_s = timeout_s
         self._trouble = "it could not be reached"
-        # So many that a reply can hold the largest record for each.
-        max_operations = min(MAX_OPERATIONS, MAX_REPLY_BYTES // (2 * route.options.max_record_bytes))
         self.lanes = [
             Lane(
                 kind,
                 timeout_s,
                 self._connect,
                 self._too_late,
-                max_operations=max_operations,
+                max_operations=route.max_operations,
                 is_committing=kind == WRITE and route.options.store_scheme != "memory",
                 on_silence=self._hang_up,
             )
@@ -560,11 +557,32 @@ class LoopBot:
         shard, operation = self.route.read(key)
         return self._record_reads[shard](operation)
 
+    async def read_records(self, keys: Iterable[Hashable]) -> list[RecordView | None]:
+        """What is under each of the keys."""
+        addressed = [self.route.read(key) for key in keys]
+        records: list[RecordView | None] = await _all(
+            [self._record_reads[shard](operation) for shard, operation in addressed]
+        )
+        return records
+
+    async def write_many(self, addressed: Sequence[Addressed]) -> list[Any]:
+        """The result of each operation; all are made, though one fails."""
+        return await _all([self._writes[shard](operation) for shard, operation in addressed])
+
     def close(self, error: Callable[[], FsmRayError]) -> None:
         """End the connections; operations that wait get this error."""
         for shard in self._shards:
             shard.close()
             shard.fail(error, _closed_under_way)
+
+
+async def _all(futures: Sequence[asyncio.Future[Any]]) -> list[Any]:
+    """Their results, when all are done; or else the first error."""
+    results = await asyncio.gather(*futures, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
 
 
 def _closed_under_way() -> OutcomeUnknown:

@@ -20,7 +20,7 @@ from fsm_ray.errors import (
     UnknownBot,
 )
 from fsm_ray.options import SLOTS, BotOptions, whereabouts
-from fsm_ray.protocol import BIN8, ReplyDecoder
+from fsm_ray.protocol import BIN8, MAX_OPERATIONS, MAX_REPLY_BYTES, ReplyDecoder
 from fsm_ray.state import State
 
 Addressed = tuple[int, bytes]
@@ -37,6 +37,8 @@ class Route:
         self.bot_name = bot_name
         self.options = options
         self.decoder = ReplyDecoder(extension_hook(allow_pickle=options.allow_pickle))
+        # So many that a reply can hold the largest record for each.
+        self.max_operations = min(MAX_OPERATIONS, MAX_REPLY_BYTES // (2 * options.max_record_bytes))
         self._shards = options.shards
         self._is_single = options.shards == 1
         self._allow_pickle = options.allow_pickle

@@ -29,6 +29,7 @@ from fsm_ray.errors import (
     VersionConflict,
 )
 from fsm_ray.options import BotOptions
+from fsm_ray.protocol import MAX_OPERATIONS
 from fsm_ray.state import State
 from fsm_ray.storage import AsyncStorage, Storage
 
@@ -111,6 +112,17 @@ class StorageContract:
             assert storage.get_state(other, key) is None
         finally:
             storage.drop(other)
+
+    def test_a_bot_is_listed_from_init_to_drop(self, storage: AnyStorage, bot: str) -> None:
+        listed = f"{bot}.listed"
+        before = storage.bots()
+        storage.init(listed, shards=2)
+        between = storage.bots()
+        storage.drop(listed)
+
+        assert (listed in before, between.count(listed), listed in storage.bots()) == (False, 1, False)
+        assert bot in between
+        assert between == sorted(between)
 
     # ExGram FSM: get_state and set_state
 
@@ -300,6 +312,58 @@ class StorageContract:
         with pytest.raises(VersionConflict):
             storage.set_state(bot, key, State(state="second"), expected_version=0)
         assert storage.get_state(bot, key) == State(state="first")
+
+    # Many at once
+
+    def test_many_come_back_in_the_order_of_their_keys(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        count = MAX_OPERATIONS + 10
+        states = {
+            (key, number): State(flow="f", state=str(number), data={"n": number}) for number in range(count)
+        }
+        versions = storage.set_many(bot, states)
+        asked = [(key, number) for number in reversed(range(count + 1))]
+
+        found = storage.get_many(bot, asked)
+
+        assert found == [None, *reversed(states.values())]
+        assert [state and state.version for state in found] == [None, *reversed(versions)]
+
+    def test_many_may_be_none(self, storage: AnyStorage, bot: str) -> None:
+        assert storage.get_many(bot, []) == []
+        assert storage.set_many(bot, {}) == []
+
+    def test_a_key_may_be_asked_for_twice(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        storage.set_many(bot, {key: State(state="kept")})
+
+        assert storage.get_many(bot, iter([key, key])) == [State(state="kept")] * 2
+
+    @pytest.mark.parametrize(
+        ("bad", "error"),
+        [
+            ({"bad": {"state": "no State"}}, InvalidState),
+            ({"bad": State(data={"lock": threading.Lock()})}, InvalidData),
+            ({(object(),): State()}, InvalidKey),
+        ],
+        ids=["state", "data", "key"],
+    )
+    def test_of_many_with_a_bad_one_none_is_stored(
+        self, storage: AnyStorage, bot: str, key: Any, bad: Any, error: type[InvalidInput]
+    ) -> None:
+        with pytest.raises(error):
+            storage.set_many(bot, {key: State(state="good"), **bad})
+
+        assert storage.get_state(bot, key) is None
+
+    def test_of_many_with_one_that_the_shard_refuses_the_others_are_stored(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        too_large = State(state="x" * storage.describe(bot).options.max_record_bytes)
+        good = State(state="good")
+        with pytest.raises(RecordTooLarge) as raised:
+            storage.set_many(bot, {(key, 1): good, (key, 2): too_large, (key, 3): good})
+
+        assert raised.value.key == (key, 2)
+        assert storage.get_many(bot, [(key, 1), (key, 2), (key, 3)]) == [good, None, good]
 
     # Keys and values
 
@@ -531,6 +595,9 @@ class ClosedStorageContract:
             lambda: storage.set_data("bot", 1, {}),
             lambda: storage.update_data("bot", 1, {}),
             lambda: storage.clear("bot", 1),
+            lambda: storage.get_many("bot", [1]),
+            lambda: storage.set_many("bot", {1: State()}),
+            storage.bots,
             lambda: storage.describe("bot"),
             lambda: storage.drop("bot"),
         ):
