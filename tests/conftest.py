@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,6 +22,11 @@ DEADLINE_S = 60.0
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos-seconds", type=float, default=0.0, help="how long each fault test goes on")
     parser.addoption("--chaos-seed", type=int, help="the seed that a fault test printed")
+
+
+def pytest_configure() -> None:
+    # A shell's background jobs ignore SIGINT, and so would every process that a test starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)
