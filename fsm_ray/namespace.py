@@ -257,10 +257,12 @@ class Namespace:
         if self._stopped is not None:
             raise NotServing
         self._waiting.append((request, answer))
-        if len(self._commits) < self._max_commits:
-            self._commit_waiting()
+        self._commit_waiting()
 
     def _commit_waiting(self) -> None:
+        """Commit what waits, if anything does, and the store takes a further commit."""
+        if not self._waiting or len(self._commits) == self._max_commits:
+            return
         waiting, self._waiting = self._waiting, []
         self._below = _over(self._commits[-1].overlay, self._records) if self._commits else self._records.get
         self._overlay = {}
@@ -306,8 +308,7 @@ class Namespace:
         self._remove(commit.cleared)
         for answer, answered in commit.answers:
             answer(answered)
-        if self._waiting:
-            self._commit_waiting()
+        self._commit_waiting()
 
     def _remove(self, cleared: set[bytes]) -> None:
         for key in cleared:

@@ -382,6 +382,23 @@ class TestCommitsAhead:
         with pytest.raises(NotServing):
             ann.read(ANN)
 
+    async def test_writes_that_arrive_as_an_answer_is_given_wait_where_there_is_no_room(
+        self, ahead: Shard, store: AheadStore
+    ) -> None:
+        late = [ahead.client(f"late {number}") for number in range(3)]
+
+        def write_all(_: bytes) -> None:
+            for client in late:
+                client.write(update_data(ANN, **{f"n{late.index(client)}": 1}))
+
+        handle(ahead.namespace, write_request(1, [update_data(ANN, a=1)], session_of("first")), write_all)
+        ahead.client("second").write(update_data(ANN, b=1))
+        while store.commits:
+            await store.done_with_one()
+
+        assert [client.results[0].version for client in late] == [3, 4, 5]
+        assert late[-1].results[0].data.keys() == {"a", "b", "n0", "n1", "n2"}
+
     async def test_close_waits_for_all_commits(self, ahead: Shard, store: AheadStore) -> None:
         ahead.client("ann").write(set_record(ANN))
         ahead.client("bob").write(set_record(BOB))

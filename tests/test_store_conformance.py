@@ -181,21 +181,12 @@ class EndsOutOfOrder(FileStore):
 
     def commit(self, batch: Batch) -> asyncio.Future[None]:
         kept = super().commit(batch)
-        if batch.version % 2 == 0:
-            return kept
-        later: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        asyncio.get_running_loop().call_later(PAUSE_S, self._tell, kept, later)
-        return later
+        return kept if batch.version % 2 == 0 else asyncio.get_running_loop().create_task(self._late(kept))
 
     @staticmethod
-    def _tell(kept: asyncio.Future[None], later: asyncio.Future[None]) -> None:
-        error = kept.exception()
-        if later.cancelled():
-            return
-        if error is None:
-            later.set_result(None)
-        else:
-            later.set_exception(error)
+    async def _late(kept: asyncio.Future[None]) -> None:
+        await asyncio.sleep(PAUSE_S)
+        await kept
 
 
 class TakesAHalfMadeStoreForForeign(FileStore):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Protocol
 
@@ -243,12 +244,16 @@ class BlockingBot:
     ) -> list[Any]:
         """The results, in the order of the operations; one request at a time, each as full as it can be."""
         results: list[Any] = [None] * len(addressed)
-        for number, shard in enumerate(self._shards):
-            places = [place for place, (its, _) in enumerate(addressed) if its == number]
+        of_shards: defaultdict[int, list[int]] = defaultdict(list)
+        for place, (shard, _) in enumerate(addressed):
+            of_shards[shard].append(place)
+        for shard, places in of_shards.items():
             while places:
                 operations = [addressed[place][1] for place in places[: self.route.max_operations]]
                 count = fitting(operations)
-                for place, result in zip(places, exchange(shard, operations[:count]), strict=False):
+                for place, result in zip(
+                    places, exchange(self._shards[shard], operations[:count]), strict=False
+                ):
                     results[place] = result
                 del places[:count]
         return [_good(result) for result in results]
