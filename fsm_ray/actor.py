@@ -75,6 +75,8 @@ class ShardDescription:
     """Whether this actor was restarted and came back empty, since its store does not outlive the process."""
     recovery_s: float
     """How long it took to open the store and load all records, the last time."""
+    size_bytes: int
+    """What keys and records take in the actor's memory."""
     statistics: NamespaceStatistics
 
 
@@ -95,7 +97,7 @@ class NamespaceActor:
         self._opening: asyncio.Task[Namespace] | None = None
         self._recovery_s = 0.0
         self._final: FsmRayError | None = None
-        self._keeper: asyncio.Task[None] | None = None
+        self._keepers: list[asyncio.Task[None]] = []
         self._exchanges: set[asyncio.Future[bytes]] = set()
         self._listening = asyncio.Lock()
         self._server: Server | None = None
@@ -156,6 +158,7 @@ class NamespaceActor:
             pid=os.getpid(),
             restarted_empty=self._restarted and not self._is_durable,
             recovery_s=self._recovery_s,
+            size_bytes=await namespace.size_bytes(),
             statistics=namespace.statistics(),
         )
 
@@ -209,8 +212,10 @@ class NamespaceActor:
             )
         finally:
             gc.enable()
+        loop = asyncio.get_running_loop()
+        self._keepers = [loop.create_task(namespace.keep_tidy())]
         if self._store.is_shared:
-            self._keeper = asyncio.get_running_loop().create_task(namespace.keep_ownership())
+            self._keepers.append(loop.create_task(namespace.keep_ownership()))
         self._recovery_s = time.monotonic() - started_s
         if self._restarted and not self._is_durable:
             logger.warning(
@@ -246,8 +251,8 @@ class NamespaceActor:
         self._hang_up()
         if namespace is not None:
             await namespace.close()
-        if self._keeper is not None:
-            self._keeper.cancel()
+        for keeper in self._keepers:
+            keeper.cancel()
 
     def _hang_up(self) -> None:
         """Close all connections, and stop to listen."""
@@ -264,7 +269,7 @@ class NamespaceActor:
         )
 
     async def _listen(self, namespace: Namespace) -> tuple[Server, Endpoint]:
-        server = Server(namespace.handle)
+        server = Server(namespace.handle, namespace.disconnected)
         # A restarted actor has the same name for its socket, and so removes what its killed self left.
         identity = f"{ray.get_runtime_context().gcs_address} {self._bot_name}/{self._shard}"
         unix_path = await server.listen_unix(hashlib.sha256(identity.encode()).hexdigest()[:24])

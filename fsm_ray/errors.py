@@ -11,6 +11,8 @@ FsmRayError
 │   ├── InvalidState
 │   ├── InvalidData
 │   ├── InvalidUpdate
+│   ├── InvalidPatch
+│   ├── AcrossShards
 │   ├── UnknownFlow
 │   ├── UnknownState
 │   ├── PickleNotAllowed
@@ -27,13 +29,17 @@ FsmRayError
 ├── StoreCorrupted          call a human; nothing was changed
 ├── UnknownBot              call init first
 ├── InvalidTransition       answer the user, or mend the flow; nothing was changed
+├── TurnLost                handle the update again; nothing was changed
 ├── VersionConflict         read again, then decide
+├── ScanInterrupted         begin again, or go on behind the last key
+├── ChangesMissed           scan, then watch on from its position
 ├── StorageClosed           make a new storage
 ├── ValueNotDecodable       make the class importable here
 └── NamespaceUnavailable    retry; nothing was changed
     ├── StoreUnavailable    see to the store; retry
     ├── NotOwner            retry; if it stays, another cluster has the store
     ├── Overloaded          retry later
+    ├── TurnTimeout         retry later: another worker has the conversation
     └── OutcomeUnknown      the write may or may not have taken effect: read, then decide
 ```
 """
@@ -86,6 +92,18 @@ class InvalidData(InvalidInput):
 
 class InvalidUpdate(InvalidInput):
     """Raised when a key strategy is given something that is no Telegram update."""
+
+
+class InvalidPatch(InvalidInput):
+    """Raised when a patch adds to what is no number, or appends to what is no list; nothing was changed."""
+
+    field: str | None = None
+
+
+class AcrossShards(InvalidInput):
+    """Raised when keys of several shards are to be changed together; nothing was changed."""
+
+    shards: tuple[int, ...] | None = None
 
 
 class UnknownFlow(InvalidInput):
@@ -180,6 +198,10 @@ class InvalidTransition(FsmRayError):
     """The states that it may go to from there."""
 
 
+class TurnLost(FsmRayError):
+    """Raised when a turn's conversation is not its own any more as it is committed; nothing was changed."""
+
+
 class VersionConflict(FsmRayError):
     """Raised when the record's version is not the expected one; nothing was changed."""
 
@@ -188,12 +210,28 @@ class VersionConflict(FsmRayError):
     """The stored record's version, `None` when there is no record."""
 
 
+class ScanInterrupted(FsmRayError):
+    """Raised when the rest of a scan would not show the same moment as what it found before."""
+
+
+class ChangesMissed(FsmRayError):
+    """Raised when changes were made that a watch cannot tell of any more."""
+
+    position: Any = None
+    """Where it can go on: the `since` of a new watch."""
+    version: int | None = None
+
+
 class StorageClosed(FsmRayError):
     """Raised when a closed storage is used."""
 
 
 class ValueNotDecodable(FsmRayError):
     """Raised when a stored value cannot be rebuilt here, say for want of its class; the record is intact."""
+
+    position: Any = None
+    """Where a watch can go on: the `since` of a new one. A scan goes on `after` the error's key."""
+    version: int | None = None
 
 
 class NamespaceUnavailable(FsmRayError):
@@ -212,6 +250,10 @@ class NotOwner(NamespaceUnavailable):
 
 class Overloaded(NamespaceUnavailable):
     """Raised when a shard has reached a bound of what it will remember or queue; nothing was changed."""
+
+
+class TurnTimeout(NamespaceUnavailable):
+    """Raised when other turns kept a conversation for as long as a turn was to wait for it."""
 
 
 class OutcomeUnknown(NamespaceUnavailable):

@@ -6,7 +6,7 @@ The first `init` of a bot fixes its options; a later `init` must give the same o
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -46,6 +46,19 @@ class BotOptions(BaseModel):
 
     shards: int = Field(default=1, ge=1, le=SLOTS)
     """Named actors that share the bot's conversations; each serves about one core's worth of operations."""
+
+    ttl_s: float | None = Field(default=None, gt=0, le=1e10)
+    """How long a conversation lives, in seconds, if neither its state nor a write says; None: for ever."""
+
+    ttl_mode: Literal["idle", "absolute"] = "idle"
+    """What a time to live counts from.
+
+    "idle": the last write or turn. "absolute": when the conversation began, or entered its state, or a write
+    gave the time to live.
+    """
+
+    state_ttl_s: dict[str, Annotated[float, Field(gt=0, le=1e10)]] = Field(default_factory=dict)
+    """How long a conversation lives in a state, by `"state"` or `"flow:state"`, in seconds."""
 
     max_record_bytes: int = Field(default=1 << 20, ge=256, le=16 << 20)
     """The largest record, encoded: flow, state and data together."""

@@ -34,7 +34,7 @@ from fsm_ray.codec import encode_data
 from fsm_ray.errors import ConfigurationError, ProtocolMismatch
 from fsm_ray.namespace import Answer, MalformedRequest, Namespace
 from fsm_ray.options import BotOptions
-from fsm_ray.protocol import MAX_FRAME_BYTES, frame
+from fsm_ray.protocol import MAX_FRAME_BYTES, PROTOCOL_VERSION, frame
 from fsm_ray.stores.memory import MemoryStore
 
 T = TypeVar("T")
@@ -632,7 +632,7 @@ class TestHandshake:
                 await open_client(address)
 
     @both_clients
-    @pytest.mark.parametrize("theirs", [0, 2, 65_535])
+    @pytest.mark.parametrize("theirs", [0, 1, PROTOCOL_VERSION + 1, 65_535])
     async def test_a_server_of_another_protocol_version_is_refused_by_name(
         self, temporary: Path, open_client: OpenClient, theirs: int
     ) -> None:

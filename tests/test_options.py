@@ -31,6 +31,9 @@ FITTING: dict[str, list[Any]] = {
         "file:///mnt/shared",
     ],
     "shards": [1, 2, SLOTS],
+    "ttl_s": [None, 0.001, 86_400, 1e10],
+    "ttl_mode": ["idle", "absolute"],
+    "state_ttl_s": [{}, {"get_code": 300, "registration:get_name": 0.5}],
     "max_record_bytes": [256, 1 << 20, 16 << 20],
     "allow_pickle": [True, False],
     "listen_host": [None, "127.0.0.1", "::1"],
@@ -40,6 +43,9 @@ FITTING: dict[str, list[Any]] = {
 
 OUT_OF_BOUNDS: dict[str, list[Any]] = {
     "shards": [0, -1, SLOTS + 1],
+    "ttl_s": [0, -1.0, 1.1e10, float("nan"), float("inf")],
+    "ttl_mode": ["", "sliding"],
+    "state_ttl_s": [{"get_code": 0}, {"get_code": -1.0}, {"get_code": float("inf")}],
     "max_record_bytes": [0, -1, 255, (16 << 20) + 1],
     "ownership_lease_s": [0.0, -1.0, 0.19, 300.1, float("nan"), float("inf")],
 }
@@ -47,6 +53,9 @@ OUT_OF_BOUNDS: dict[str, list[Any]] = {
 OF_ANOTHER_TYPE: dict[str, list[Any]] = {
     "store": [None, b"memory://", 1],
     "shards": ["4", 4.0, True, None, b"4"],
+    "ttl_s": ["60", True],
+    "ttl_mode": [None, 1],
+    "state_ttl_s": [None, 300, {"get_code": "300"}, {"get_code": None}, {1: 300.0}],
     "max_record_bytes": ["1024", 1024.0, True, None],
     "allow_pickle": [1, 0, "yes", "false", None],
     "listen_host": [1, b"127.0.0.1", ("127.0.0.1",)],
@@ -74,6 +83,11 @@ class TestDefaults:
 
     def test_pickle_is_allowed(self) -> None:
         assert BotOptions().allow_pickle is True
+
+    def test_conversations_live_for_ever(self) -> None:
+        options = BotOptions()
+
+        assert (options.ttl_s, options.ttl_mode, options.state_ttl_s) == (None, "idle", {})
 
     def test_shards_listen_where_ray_does(self) -> None:
         assert BotOptions().listen_host is None

@@ -57,6 +57,7 @@ class ServerConnection(FrameProtocol):
             self._patience.cancel()
         self._transport = None
         self._server.connections.discard(self)
+        self._server.disconnected(self._answer)
 
     def frame_received(self, body: bytes) -> None:
         # After the handshake, `_serve` takes the place of this method.
@@ -133,12 +134,26 @@ class ServerConnection(FrameProtocol):
             self._transport.write(reply)
 
 
+def _ignore(_answer: Answer) -> None: ...
+
+
 class Server:
     """Listens for the clients of one shard. A connection belongs to the loop that `listen_*` ran in."""
 
-    def __init__(self, handle: Callable[[bytes, Answer], bytes | None]) -> None:
-        """`handle` takes a request and returns its reply, or None and calls back with it later."""
+    def __init__(
+        self,
+        handle: Callable[[bytes, Answer], bytes | None],
+        disconnected: Callable[[Answer], None] = _ignore,
+    ) -> None:
+        """Make a server that does not listen yet.
+
+        Args:
+            handle: takes a request and returns its reply, or None and calls back with it later.
+            disconnected: is told when a connection is gone; what it gets equals what `handle` got with each
+                request of that connection.
+        """
         self.handle = handle
+        self.disconnected = disconnected
         self.secret = secrets.token_bytes(32)
         self.connections: set[ServerConnection] = set()
         self._listeners: list[asyncio.Server] = []

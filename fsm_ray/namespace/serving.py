@@ -1,0 +1,523 @@
+"""Namespace: one shard's records. It evaluates batches, commits them, and answers.
+
+Reads are answered from committed records at once. Writes that arrive during a commit form the next one, and
+are answered when the store has them. A namespace that cannot know what its store holds, or whether it still
+owns it, answers nothing more: a new one is made from the store. It knows neither Ray nor sockets: frames come
+in, replies go out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from typing import NoReturn, cast
+
+import msgspec
+
+from fsm_ray import protocol
+from fsm_ray.errors import FsmRayError, NamespaceUnavailable, StoreUnavailable
+from fsm_ray.namespace.evaluation import Effects, Evaluator, shown
+from fsm_ray.namespace.scans import Scans
+from fsm_ray.namespace.turns import Turns
+from fsm_ray.namespace.watches import Watches
+from fsm_ray.options import BotOptions
+from fsm_ray.protocol import (
+    COUNT,
+    NIL,
+    READ_CONTENT,
+    READ_RECORD,
+    WRITE,
+    CountRequest,
+    GrantsRequest,
+    ReadContent,
+    ReadRecord,
+    ScanRequest,
+    Transact,
+    TurnRequest,
+    WatchRequest,
+    Write,
+    WriteRequest,
+    decode_request,
+    reply,
+)
+from fsm_ray.record import Packer
+from fsm_ray.sessions import Sessions
+from fsm_ray.stores.base import Answered, Batch, Contents, Store, lease_clock
+
+logger = logging.getLogger(__name__)
+
+Answer = Callable[[bytes], None]
+"""Takes the reply to one request, a whole frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceStatistics:
+    """What a namespace holds and did, at one moment."""
+
+    records: int
+    sessions: int
+    operations: int
+    """Operations answered since this actor started."""
+    operations_per_s: float
+    """Of the last seconds."""
+    version: int
+    turns: int
+    """Conversations that a turn has."""
+    waiting_turns: int
+    """Turns that wait for one."""
+    watches: int
+    scans: int
+
+
+@dataclass(slots=True)
+class _Commit:
+    """What the store is about to have, and who waits for that."""
+
+    done: asyncio.Future[None]
+    started_s: float
+    effects: Effects
+    answers: list[tuple[Answer, bytes]]
+
+
+_ABSENT = b""
+"""What is found where there is no record: unlike None, which is a record that is being cleared."""
+
+_RATED_TICKS = 10
+"""Ticks over which operations per second are told."""
+
+TICK_S = 1.0
+"""How often what has grown old is looked at."""
+
+SWEEP_PAUSE_S = 0.005
+"""Between two steps of a sweep, so that others have most of the time."""
+
+_SWEPT_AT_ONCE = 128
+"""Records that are swept in one step."""
+
+_CONFIRM_AT = 2 / 3
+"""The part of a lease that is left when the store is asked to confirm it, if no commit did."""
+
+
+def _ignore(_reason: FsmRayError) -> None: ...
+
+
+def _over(
+    overlay: dict[bytes, bytes | None], records: dict[bytes, bytes | None]
+) -> Callable[[bytes], bytes | None]:
+    """Finds records as they are when the overlay is committed."""
+    return lambda key: overlay[key] if key in overlay else records.get(key)
+
+
+class RequestRefused(Exception):
+    """Raised when a request gets no reply; it never leaves the actor: the connection is closed."""
+
+
+class MalformedRequest(RequestRefused):
+    """Raised when bytes from a client are no request."""
+
+
+class NotServing(RequestRefused):
+    """Raised when the namespace has stopped. The client asks again, and finds the one that came after it."""
+
+
+class Namespace:
+    """One shard's records."""
+
+    def __init__(
+        self,
+        bot_name: str,
+        options: BotOptions,
+        store: Store,
+        contents: Contents,
+        *,
+        clock: Callable[[], float] = time.time,
+        lease_clock: Callable[[], float] = lease_clock,
+        on_stopped: Callable[[FsmRayError], None] = _ignore,
+    ) -> None:
+        """`on_stopped` is called once, when the namespace stops by itself, with the reason."""
+        self._bot_name = bot_name
+        self._store = store
+        self._is_durable = store.is_durable
+        self._packer = Packer()
+        self._content = self._packer.content
+        census = self._packer.pack_all(contents.records)
+        self._records = cast("dict[bytes, bytes | None]", contents.records)
+        self._counts = census.counts
+        self._sessions = Sessions(contents.sessions, clock, is_durable=store.is_durable)
+        self._clock = clock
+        self._lease_clock = lease_clock
+        self._lease_s = options.ownership_lease_s
+        self._serves_until_s = contents.owned_since_s + self._lease_s if store.is_shared else math.inf
+        self._stopped: FsmRayError | None = None
+        self._on_stopped = on_stopped
+        self._operations = 0
+        self._scanned_after = 0
+        """How many operations there were when a scan was last asked for."""
+        self._waiting: list[tuple[WriteRequest, Answer]] = []
+        self._due: list[bytes] = []
+        self._commits: deque[_Commit] = deque()
+        self._max_commits = store.max_commits
+        self._answered: dict[bytes, Answered] = {} if self._is_durable else self._sessions.answered
+        self._turns = Turns(self._blob_for_turn, lease_clock)
+        self._evaluator = Evaluator(
+            bot_name,
+            options,
+            self._packer,
+            version=contents.version,
+            census=census,
+            below=self._records.get,
+            now_ms=self._now_ms(),
+            check_turn=self._turns.check,
+        )
+        self._is_over = self._evaluator.is_over
+        self._scans = Scans(bot_name, self._records, self._packer, self._is_over, lease_clock)
+        self._watches = Watches(bot_name, self._packer, lease_clock)
+        self._rates: deque[tuple[float, int]] = deque([(lease_clock(), 0)], maxlen=_RATED_TICKS)
+        # What the commit that is being put together does. In memory there is nothing to commit.
+        self._effects = Effects() if self._is_durable else Effects(self._records, moved=self._counts)
+        self._evaluator.begin(self._effects, self._records.get)
+
+    def handle(self, body: bytes, answer: Answer) -> bytes | None:
+        """Take one request, and return its reply; or None, and call `answer` with it when it is committed.
+
+        Raises:
+            MalformedRequest: the bytes are no request; nothing of it was evaluated.
+            NotServing: the namespace stopped, now or before.
+        """
+        try:
+            request = decode_request(body)
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+            raise MalformedRequest(str(error)) from error
+        if type(request) is WriteRequest:
+            if self._is_durable:
+                self._commit_soon(request, answer)
+                return None
+            # There is nothing to commit: what is evaluated is there.
+            answered = self._evaluate(request)
+            effects = self._effects
+            if effects.cleared or effects.changes or effects.ended:
+                self._settle(effects)
+            return answered
+        if self._is_durable and self._lease_clock() >= self._serves_until_s:
+            self._stop_serving()
+        if type(request) is ReadContent:
+            return reply(READ_CONTENT, request.number, self._read(request.keys, self._content))
+        if type(request) is ReadRecord:
+            return reply(READ_RECORD, request.number, self._read(request.keys, self._packer.blob))
+        return self._handle_other(request, answer)
+
+    def _handle_other(
+        self,
+        request: TurnRequest | GrantsRequest | ScanRequest | CountRequest | WatchRequest,
+        answer: Answer,
+    ) -> bytes | None:
+        if isinstance(request, TurnRequest):
+            self._operations += len(request.operations)
+            return self._turns.handle(request, answer)
+        if isinstance(request, GrantsRequest):
+            return self._turns.listen(request, answer)
+        if isinstance(request, CountRequest):
+            return self._count(request)
+        if isinstance(request, ScanRequest):
+            is_alone, self._scanned_after = self._operations == self._scanned_after, self._operations
+            answered: bytes | None = self._scans.handle(request, self._now_ms(), is_alone=is_alone)
+        else:
+            answered = self._watches.handle(request, self._evaluator.version, answer)
+            if answered is not None and self._commits and not self._watches.have_changes:
+                # The version in it may not be committed yet: a scan that followed would miss changes.
+                self._commits[-1].answers.append((answer, answered))
+                answered = None
+        self._observe()
+        return answered
+
+    def disconnected(self, answer: Answer) -> None:
+        """Forget a client whose connection is gone; `handle` got this, or its equal, with its requests."""
+        self._turns.disconnected(answer)
+        self._watches.disconnected(answer)
+
+    def _read(self, keys: list[bytes], part: Callable[[bytes], bytes]) -> list[bytes]:
+        self._operations += len(keys)
+        get, results = self._records.get, []
+        if self._evaluator.has_tails:
+            now_ms = self._now_ms()
+            for key in keys:
+                packed = get(key)
+                results.append(NIL if packed is None or self._is_over(packed, now_ms) else part(packed))
+            return results
+        for key in keys:
+            packed = get(key)
+            results.append(NIL if packed is None else part(packed))
+        return results
+
+    def _blob_for_turn(self, key: bytes) -> bytes:
+        """The record with which a turn begins; NIL: there is none."""
+        packed = self._records.get(key)
+        if packed is None:
+            return NIL
+        if self._is_over(packed, self._now_ms()):
+            return self._evaluator.memory_of(packed) or NIL
+        return self._packer.blob(packed)
+
+    def _count(self, request: CountRequest) -> bytes:
+        for head in [head for head, count in self._counts.items() if not count]:
+            del self._counts[head]
+        front = self._packer.front
+        counted = [protocol.encode_counted(front(head), count) for head, count in self._counts.items()]
+        return reply(COUNT, request.number, counted)
+
+    def _observe(self) -> None:
+        """See to it that changes are told of as long as somebody wants them."""
+        # What a commit does to the records is told to scans when it is shown.
+        in_memory = not self._is_durable
+        self._evaluator.tells_births = in_memory and self._scans.want_births
+        self._evaluator.tells_all = self._watches.want_changes or (in_memory and len(self._scans) > 0)
+
+    def _now_ms(self) -> int:
+        return int(self._clock() * 1_000)
+
+    def statistics(self) -> NamespaceStatistics:
+        """What there is at this moment."""
+        since_s, before = self._rates[0]
+        return NamespaceStatistics(
+            records=self._counts.total(),
+            sessions=len(self._sessions),
+            operations=self._operations,
+            operations_per_s=(self._operations - before) / max(self._lease_clock() - since_s, TICK_S),
+            version=self._evaluator.version,
+            turns=len(self._turns.leases),
+            waiting_turns=self._turns.leases.waiting,
+            watches=len(self._watches),
+            scans=len(self._scans),
+        )
+
+    async def size_bytes(self) -> int:
+        """What keys and records take, packed; added up in small steps."""
+        total = 0
+        keys, get = iter(list(self._records)), self._records.get
+        while some := list(islice(keys, 1_000)):
+            total += sum(len(key) + len(get(key) or b"") for key in some)
+            await asyncio.sleep(0)
+        return total
+
+    async def keep_tidy(self) -> None:
+        """End and forget what has grown old, again and again, until the namespace stops."""
+        while self._stopped is None:
+            await asyncio.sleep(TICK_S)
+            self._rates.append((self._lease_clock(), self._operations))
+            self._turns.leases.expire()
+            self._scans.forget_idle()
+            self._watches.forget_idle()
+            self._observe()
+            while self.sweep():  # noqa: ASYNC110  # it is paused for others, and waits for no event
+                await asyncio.sleep(SWEEP_PAUSE_S)
+
+    def sweep(self) -> bool:
+        """Remove some of the records that have expired; tell whether there may be more."""
+        if self._stopped is not None or self._due:
+            return self._stopped is None
+        due = list(islice(self._evaluator.deadlines.take_due(self._now_ms()), _SWEPT_AT_ONCE))
+        if not due:
+            return False
+        if self._is_durable:
+            self._due = due
+            self._commit_waiting()
+        else:
+            self._sweep(due)
+            self._settle(self._effects)
+        return True
+
+    def _sweep(self, due: list[bytes]) -> None:
+        self._evaluator.now_ms = self._now_ms()
+        for key in due:
+            if self._turns.leases.is_held(key):
+                # It is the turn's for as long as that takes.
+                self._evaluator.deadlines.add(key, self._now_ms())
+            else:
+                self._evaluator.sweep(key)
+
+    async def keep_ownership(self) -> None:
+        """Ask a shared store, in time, whether this is still its owner, until the namespace stops."""
+        while self._stopped is None:
+            now_s = self._lease_clock()
+            if now_s >= self._serves_until_s:
+                self._stop(self._lapsed())
+            elif (wait_s := self._serves_until_s - self._lease_s * _CONFIRM_AT - now_s) > 0:
+                await asyncio.sleep(wait_s)
+            else:
+                await self._confirm(now_s)
+
+    async def close(self) -> None:
+        """Stop, and wait for the commit under way. Whoever waits for an answer gets none."""
+        self._on_stopped = _ignore
+        self._stop(NamespaceUnavailable(f"a shard of bot {self._bot_name!r} was closed", bot=self._bot_name))
+        if self._commits:
+            await asyncio.wait([commit.done for commit in self._commits])
+
+    async def _confirm(self, now_s: float) -> None:
+        try:
+            async with asyncio.timeout(self._serves_until_s - now_s):
+                await self._store.confirm()
+        except (StoreUnavailable, TimeoutError) as error:
+            logger.warning("bot %r: its store does not confirm ownership: %s", self._bot_name, error)
+            await asyncio.sleep(self._lease_s / 20)
+        except FsmRayError as error:
+            self._stop(error)
+        else:
+            self._owned_since(now_s)
+
+    def _owned_since(self, since_s: float) -> None:
+        if self._store.is_shared and self._stopped is None:
+            self._serves_until_s = max(self._serves_until_s, since_s + self._lease_s)
+
+    def _stop_serving(self) -> NoReturn:
+        if self._stopped is None:
+            self._stop(self._lapsed())
+        raise NotServing
+
+    def _lapsed(self) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"the store of bot {self._bot_name!r} did not confirm within ownership_lease_s "
+            f"({self._lease_s} s) that this actor owns it",
+            bot=self._bot_name,
+        )
+
+    def _stop(self, reason: FsmRayError) -> None:
+        if self._stopped is None:
+            self._stopped = reason
+            self._serves_until_s = -math.inf
+            self._waiting.clear()
+            self._on_stopped(reason)
+
+    # The way of a write to a store: evaluate all that wait into an overlay, commit it, publish it, answer;
+    # then again with what came meanwhile. Where a store takes commits ahead, the next one is evaluated over
+    # the overlay of the one under way, and handed over before that is done.
+
+    def _commit_soon(self, request: WriteRequest, answer: Answer) -> None:
+        if self._stopped is not None:
+            raise NotServing
+        self._waiting.append((request, answer))
+        self._commit_waiting()
+
+    def _commit_waiting(self) -> None:
+        """Commit what waits, if anything does, and the store takes a further commit."""
+        if not (self._waiting or self._due) or len(self._commits) == self._max_commits:
+            return
+        waiting, self._waiting = self._waiting, []
+        due, self._due = self._due, []
+        below = (
+            _over(self._commits[-1].effects.overlay, self._records) if self._commits else self._records.get
+        )
+        self._effects = effects = Effects()
+        self._evaluator.begin(effects, below)
+        self._answered = {}
+        answers = [(answer, self._evaluate(request)) for request, answer in waiting]
+        for turn, _ in effects.ended:
+            self._turns.leases.keep(turn)
+        if due:
+            self._sweep(due)
+        if not effects.overlay and self._answered.keys() <= self._sessions.answered.keys():
+            # Nothing was changed, so there is nothing to keep: sent again, such a write is answered again.
+            # Only a new session is kept at once, for an unknown one that resends passes for a forgotten one.
+            # What was found is as good as what a read finds, once it is committed.
+            if self._commits:
+                self._commits[-1].answers += answers
+                self._commits[-1].effects.ended += effects.ended
+            elif self._lease_clock() < self._serves_until_s:
+                self._end_turns(effects)
+                for answer, answered in answers:
+                    answer(answered)
+            else:
+                self._stop(self._lapsed())
+            return
+        blob = self._packer.blob
+        records = {key: packed and blob(packed) for key, packed in effects.overlay.items()}
+        forgotten = self._sessions.take_forgotten(self._answered)
+        self._sessions.remember(self._answered)
+        started_s = self._lease_clock()
+        done = self._store.commit(Batch(self._evaluator.version, records, self._answered, forgotten))
+        self._commits.append(_Commit(done, started_s, effects, answers))
+        done.add_done_callback(self._committed)
+
+    def _committed(self, done: asyncio.Future[None]) -> None:
+        error = asyncio.CancelledError() if done.cancelled() else done.exception()
+        if error is not None:
+            # Whether it was kept is unknown, and memory can follow the store no more.
+            if not isinstance(error, FsmRayError):
+                error = StoreUnavailable(f"a commit failed: {error!r}", bot=self._bot_name)
+            self._stop(error)
+        if self._stopped is None:
+            commit = self._commits.popleft()
+            self._owned_since(commit.started_s)
+            self._publish(commit)
+
+    def _publish(self, commit: _Commit) -> None:
+        """Show what was committed, and answer; then go on with what came meanwhile."""
+        effects = commit.effects
+        if self._scans.want_births:
+            get = self._records.get
+            self._scans.note(
+                (0, key, shown(get(key)), shown(packed)) for key, packed in effects.overlay.items()
+            )
+        self._records.update(effects.overlay)
+        self._counts.update(effects.moved)
+        if effects.cleared or effects.changes or effects.ended:
+            self._settle(effects)
+        for answer, answered in commit.answers:
+            answer(answered)
+        self._commit_waiting()
+
+    def _settle(self, effects: Effects) -> None:
+        """Let all else follow the records."""
+        for key in effects.cleared:
+            if self._records.get(key, _ABSENT) is None:
+                del self._records[key]
+        effects.cleared.clear()
+        if effects.changes:
+            if not self._is_durable and self._scans.want_births:
+                self._scans.note(effects.changes)
+            self._watches.note(effects.changes)
+            effects.changes.clear()
+        self._end_turns(effects)
+
+    def _end_turns(self, effects: Effects) -> None:
+        """End what was committed, so that those that wait for it begin with what it left."""
+        for turn, key in effects.ended:
+            self._turns.leases.release(turn, key)
+        effects.ended.clear()
+
+    def _evaluate(self, request: WriteRequest) -> bytes:
+        """The reply to one request; its effect goes to the overlay."""
+        last = self._answered.get(request.session)
+        if last is None or last.number >= request.number:
+            try:
+                known = self._sessions.recall(request, self._answered)
+            except FsmRayError as error:
+                refusal = protocol.encode_error(error)
+                return reply(WRITE, request.number, [refusal] * len(request.operations))
+            if known is not None:
+                return known
+        self._operations += len(request.operations)
+        now_s = self._clock()
+        self._evaluator.now_ms = int(now_s * 1_000)
+        methods, results = self._evaluator.methods, []
+        for operation in request.operations:
+            try:
+                results.append(methods[type(operation)](operation))
+            except FsmRayError as error:
+                # A failed operation leaves the others of its batch alone.
+                results.append(_encode_error(error, operation))
+        answer = reply(WRITE, request.number, results)
+        self._answered[request.session] = Answered(request.number, answer, now_s)
+        return answer
+
+
+def _encode_error(error: FsmRayError, operation: Write) -> bytes:
+    """Of a transaction, the error names the key of the operation that failed."""
+    key = vars(error).pop("key", None) if isinstance(operation, Transact) else operation.key
+    return protocol.encode_error(error, key)
