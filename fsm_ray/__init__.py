@@ -19,10 +19,13 @@
 #   stores.objectstore  records in S3, Google or Azure storage, or a shared directory
 #   stores.by_url     the store that a bot's options name
 #   sessions          what lets a write take effect once, though it may be sent twice
-#   namespace         one shard's records: evaluate a batch, commit it, answer
+#   namespace         one shard's records: evaluate, commit, answer; turns, expiry, scans, watches
 #   channel           frames over a socket: the actor's half and both client halves
 #   actor             a namespace as a Ray named actor: name, lifetime, restart, credentials
 #   routing           (bot_name, key) -> shard -> connection; reconnects and sends again
+#   transaction       writes to conversations of one shard, made together or not at all
+#   turn              one worker's exclusive use of a conversation, for as long as it handles an update
+#   across            all conversations of a bot at once: to be gone through, counted, and watched
 #   storage           Storage and AsyncStorage
 #   adapters.aiogram  RayStorage for aiogram
 #   testing           conformance kits, as pytest classes
@@ -32,22 +35,29 @@
 
 from __future__ import annotations
 
+from fsm_ray.across import Change, Conversation
+from fsm_ray.flows import Flow
 from fsm_ray.keys import Chat, ChatTopic, ChatTopicUser, ChatUser, KeyStrategy, User
 from fsm_ray.options import BotOptions
 from fsm_ray.state import State
 from fsm_ray.storage import AsyncStorage, Storage
+from fsm_ray.turn import Turn
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AsyncStorage",
     "BotOptions",
+    "Change",
     "Chat",
     "ChatTopic",
     "ChatTopicUser",
     "ChatUser",
+    "Conversation",
+    "Flow",
     "KeyStrategy",
     "State",
     "Storage",
+    "Turn",
     "User",
 ]

@@ -124,8 +124,9 @@ class FlowRules:
             UnknownFlow: none is registered under the name.
         """
         name = _name_of(flow)
-        if name in self.flows:
-            return self.flows[name]
+        registered = self.flows.get(name)
+        if registered is not None:
+            return registered
         message = f"flow {name!r} is not registered for this bot; registered: {_listed(self.flows)}"
         raise UnknownFlow(message, flow=name, registered=tuple(self.flows))
 
@@ -198,8 +199,9 @@ class Draft:
         """
         to = _plain(to)
         if self.flow is not None:
-            allowed = tuple(self._rules.flow(self.flow).allowed_from(self.state))
+            allowed = self._rules.flow(self.flow).allowed_from(self.state)
             if to not in allowed:
+                allowed = tuple(allowed)
                 step = f"flow {self.flow!r} has no transition from {self.state!r} to {to!r}"
                 return self._refuse(self.state, to, f"{step}; allowed: {_listed(allowed)}", allowed)
         self.state = to
@@ -319,7 +321,7 @@ def _invalid(flow: type[Flow], rule: str, state: str | None = None) -> InvalidFl
 
 def _plain(name: str) -> str:
     """The string alone of a StrEnum's member; `str()` of an Enum may give another."""
-    return str.__str__(name) if isinstance(name, str) else name
+    return name if type(name) is str or not isinstance(name, str) else str.__str__(name)
 
 
 def _name_of(flow: str | type[Flow]) -> str:

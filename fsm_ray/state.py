@@ -5,16 +5,23 @@ A value, not a handle: changing a State changes nothing that is stored.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
+from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+_LAST_MS = 253_402_300_799_999
+"""The last moment that a datetime can tell; what lives longer lives for ever."""
 
 
 class State(BaseModel):
     """One conversation's flow, state within that flow, and data.
 
-    Two States are equal when flow, state and data are; the version is not compared, for it tells which
-    write made the record, not what the record says.
+    Two States are equal when flow, state and data are; version and expiry are not compared, for they tell
+    which write made the record and how long it is kept, not what it says.
 
     >>> State(flow="registration", state="get_name")
     State(flow='registration', state='get_name', data={}, version=None)
@@ -29,6 +36,8 @@ class State(BaseModel):
     data: dict[str, Any] = Field(default_factory=dict)
     version: int | None = None
     """The write that made this record, a number that only grows within a shard; `None` until stored."""
+    expires_at: AwareDatetime | None = None
+    """When the record ends, unless a write or turn puts that off, in UTC; `None`: never."""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, State):
@@ -36,3 +45,33 @@ class State(BaseModel):
         return (self.flow, self.state, self.data) == (other.flow, other.state, other.data)
 
     __hash__ = None  # type: ignore[assignment]  # mutable, like the dict inside
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        return (each for each in super().__repr_args__() if each != ("expires_at", None))
+
+
+class StoredContent(Protocol):
+    """What `state_of` needs of `protocol.ContentView`."""
+
+    data: dict[str, Any]
+    version: int
+    deadline_ms: int
+
+
+class StoredRecord(Protocol):
+    """What `state_of` needs of `protocol.RecordView`."""
+
+    flow: str | None
+    state: str | None
+
+    @property
+    def content(self) -> StoredContent: ...
+
+
+def state_of(record: StoredRecord) -> State:
+    """The record as users read it."""
+    content = record.content
+    state = State(flow=record.flow, state=record.state, data=content.data, version=content.version)
+    if content.deadline_ms <= _LAST_MS:
+        state.expires_at = _EPOCH + timedelta(milliseconds=content.deadline_ms)
+    return state

@@ -11,18 +11,27 @@ import asyncio
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Hashable, Iterable, Mapping
 from threading import get_ident
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, overload
 
+from fsm_ray import across
+from fsm_ray.across import By, Change, Conversation, Position
 from fsm_ray.errors import InvalidInput, StorageClosed
+from fsm_ray.flows import Flow, FlowRules, Policy
 from fsm_ray.options import BotOptions, check_bot_name, make_options
 from fsm_ray.protocol import ContentView, RecordView
 from fsm_ray.routing.blocking import BlockingBot
+from fsm_ray.routing.copying import Immediate, copy, rename, run
 from fsm_ray.routing.directory import BotDescription, Directory
-from fsm_ray.routing.lanes import LoopBot
+from fsm_ray.routing.loop import LoopBot
+from fsm_ray.routing.pulse import Pulse
 from fsm_ray.routing.route import Addressed, Route
-from fsm_ray.state import State
+from fsm_ray.state import State, state_of
+from fsm_ray.transaction import AsyncTransaction, Transaction
+from fsm_ray.turn import AsyncLock, AsyncTurn, BlockingLock, BlockingTurn
+
+_NO_FLOWS = FlowRules()
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -72,11 +81,37 @@ class _Facade:
         self._timeout_s = timeout_s
         self._transport: Transport = transport
         self._directory = Directory(address, timeout_s)
+        self._rules: dict[str, FlowRules] = {}
         self._is_closed = False
+
+    def register_flows(
+        self, bot_name: str, *flows: type[Flow], on_invalid_transition: Policy = "raise"
+    ) -> None:
+        """Let turns of this bot, begun by this storage or a copy of it, use these flows.
+
+        Replaces what was registered before. `on_invalid_transition` is what happens on a forbidden step:
+        "raise", "log", "ignore", or a callable.
+
+        Raises:
+            InvalidFlow, InvalidBotName: nothing was registered.
+        """
+        self._rules[check_bot_name(bot_name)] = FlowRules(*flows, on_invalid_transition=on_invalid_transition)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A storage is its settings: the copy in another process makes its own connections.
-        return _rebuild, (type(self), self._address, self._timeout_s, self._transport)
+        settings = (self._address, self._timeout_s, self._transport, self._rules)
+        return _rebuild, (type(self), *settings)
+
+    def _rules_of(self, bot_name: str) -> FlowRules:
+        return self._rules.get(bot_name) or _NO_FLOWS
+
+    def _patience_s(self, timeout_s: float | None) -> float:
+        """How long a turn or lock waits for its conversation."""
+        if timeout_s is None:
+            return self._timeout_s
+        if not timeout_s > 0:
+            raise InvalidInput(f"timeout_s of a turn or lock is more than 0, not {timeout_s!r}")
+        return timeout_s
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -107,6 +142,7 @@ class Storage(_Facade):
         super().__init__(address, timeout_s=timeout_s, transport=transport)
         self._local = threading.local()
         self._bots: weakref.WeakSet[BlockingBot] = weakref.WeakSet()
+        self._pulse = Pulse()
 
     def init(self, bot_name: str, options: BotOptions | None = None, **changes: Any) -> None:
         """Make the bot's namespace actors, unless they are there. To be called by every worker, in any order.
@@ -138,15 +174,23 @@ class Storage(_Facade):
         return _to_state(bot.read_record(key))
 
     def set_state(
-        self, bot_name: str, key: Hashable, state: State, *, expected_version: int | None = None
+        self,
+        bot_name: str,
+        key: Hashable,
+        state: State,
+        *,
+        expected_version: int | None = None,
+        ttl_s: float | None = None,
     ) -> int:
         """Create or overwrite the record with this flow, state and data; return its version.
 
         Args:
             bot_name: the bot.
             key: the conversation.
-            state: what to store; its own version is ignored.
+            state: what to store; its own version and expiry are ignored.
             expected_version: write only over the record of this version; 0: only when there is none.
+            ttl_s: how long the record is to live, in seconds; `math.inf`: for ever. None: as the options of
+                the bot say, or, for the writes that keep the state, as an earlier write did.
 
         Raises:
             VersionConflict: the record has another version; nothing was changed.
@@ -156,7 +200,7 @@ class Storage(_Facade):
             OutcomeUnknown: it was reached and did not answer in time; the write may have taken effect.
         """
         bot = self._bot(bot_name)
-        version: int = bot.write(bot.route.set_record(key, state, expected_version))
+        version: int = bot.write(bot.route.set_record(key, state, expected_version, ttl_s))
         return version
 
     def get_data(self, bot_name: str, key: Hashable) -> dict[str, Any] | None:
@@ -170,7 +214,13 @@ class Storage(_Facade):
         return None if content is None else content.data
 
     def set_data(
-        self, bot_name: str, key: Hashable, data: Mapping[str, Any], *, expected_version: int | None = None
+        self,
+        bot_name: str,
+        key: Hashable,
+        data: Mapping[str, Any],
+        *,
+        expected_version: int | None = None,
+        ttl_s: float | None = None,
     ) -> int:
         """Replace the data and keep flow and state; return the record's version.
 
@@ -181,11 +231,17 @@ class Storage(_Facade):
             NamespaceUnavailable, OutcomeUnknown: as set_state.
         """
         bot = self._bot(bot_name)
-        version: int = bot.write(bot.route.set_data(key, data, expected_version))
+        version: int = bot.write(bot.route.set_data(key, data, expected_version, ttl_s))
         return version
 
     def update_data(
-        self, bot_name: str, key: Hashable, changes: Mapping[str, Any], *, expected_version: int | None = None
+        self,
+        bot_name: str,
+        key: Hashable,
+        changes: Mapping[str, Any],
+        *,
+        expected_version: int | None = None,
+        ttl_s: float | None = None,
     ) -> dict[str, Any]:
         """Merge changes into the data, new values winning, and return the data as it is then.
 
@@ -197,7 +253,56 @@ class Storage(_Facade):
             NamespaceUnavailable, OutcomeUnknown: as set_state.
         """
         bot = self._bot(bot_name)
-        content: ContentView = bot.write(bot.route.update_data(key, changes, expected_version))
+        content: ContentView = bot.write(bot.route.update_data(key, changes, expected_version, ttl_s))
+        return content.data
+
+    def patch(
+        self,
+        bot_name: str,
+        key: Hashable,
+        *,
+        set: Mapping[str, Any] | None = None,  # noqa: A002  # the word for it
+        unset: Iterable[str] = (),
+        increment: Mapping[str, float] | None = None,
+        append: Mapping[str, Any] | None = None,
+        expected_version: int | None = None,
+        ttl_s: float | None = None,
+    ) -> dict[str, Any]:
+        """Change several fields of the data at once, and return the data as it is then.
+
+        One atomic step: concurrent increments and appends all count. Where there is no record, one is made
+        with flow and state None.
+
+        Args:
+            bot_name: the bot.
+            key: the conversation.
+            set: fields and their new values.
+            unset: names of fields to remove; they may be missing.
+            increment: fields and what to add to the numbers in them, ints of any size or floats; a missing
+                one counts as 0.
+            append: fields and an item for the end of the list in each; a missing one counts as [].
+            expected_version: as set_state.
+            ttl_s: as set_state.
+
+        Raises:
+            InvalidPatch: a field to increment holds no number, or one to append to no list; nothing was
+                changed.
+            InvalidData: a field is named twice, or what set_state means by it; nothing was changed.
+            VersionConflict, InvalidKey, PickleNotAllowed, RecordTooLarge, UnknownBot, NamespaceUnavailable,
+            OutcomeUnknown: as set_state.
+        """
+        bot = self._bot(bot_name)
+        content: ContentView = bot.write(
+            bot.route.patch(
+                key,
+                set_=set,
+                unset=unset,
+                increment=increment,
+                append=append,
+                expected_version=expected_version,
+                ttl_s=ttl_s,
+            )
+        )
         return content.data
 
     def clear(self, bot_name: str, key: Hashable, *, expected_version: int | None = None) -> bool:
@@ -233,6 +338,174 @@ class Storage(_Facade):
         bot = self._bot(bot_name)
         return bot.write_many(_set_each(bot.route, states))
 
+    def turn(
+        self,
+        bot_name: str,
+        key: Hashable,
+        *,
+        timeout_s: float | None = None,
+        update_id: int | None = None,
+    ) -> BlockingTurn:
+        """Use a conversation exclusively, for as long as a `with` block takes; leaving it commits changes.
+
+        Entering waits, first come first served, until no other turn has the conversation anywhere in the
+        cluster, and gives a `Turn`: its `flow`, `state` and `data` may be changed in any way. Leaving stores
+        them in one write, if anything changed; an exception stores nothing. The conversation is free again at
+        once when the process that holds it dies. Writes outside of turns do not wait for one; a turn that was
+        overtaken by such a write is refused. The block is left in the thread that called this.
+
+        Args:
+            bot_name: the bot.
+            key: the conversation.
+            timeout_s: how long to wait for other turns; None: as long as an operation may take; `math.inf`:
+                for ever.
+            update_id: of the Telegram update that is handled. One that a committed turn of this conversation
+                handled before has `turn.was_handled` set: nothing that the block does is stored then.
+
+        Raises:
+            TurnTimeout: on entering: other turns kept the conversation for so long.
+            Overloaded: on entering: too many turns wait for it already.
+            TurnLost: on leaving: the conversation was not this turn's any more; nothing was changed.
+            VersionConflict: on leaving: it was written outside of turns meanwhile; nothing was changed.
+            InvalidState, InvalidData, PickleNotAllowed, RecordTooLarge: on leaving: nothing was changed.
+            InvalidKey, UnknownBot, NamespaceUnavailable, OutcomeUnknown: as set_state.
+        """
+        bot, rules, patience_s = self._bot(bot_name), self._rules_of(bot_name), self._patience_s(timeout_s)
+        return BlockingTurn(bot, self._pulse, key, timeout_s=patience_s, rules=rules, update_id=update_id)
+
+    def lock(self, bot_name: str, key: Hashable, *, timeout_s: float | None = None) -> BlockingLock:
+        """Keep others from a conversation for as long as a `with` block takes, and leave its record alone.
+
+        A turn that neither gives nor commits anything: it waits for turns and locks of the conversation as a
+        turn does, and they for it; inside, a turn of it would wait for itself. Writes inside are made by the
+        storage's methods, each by itself. They are not refused if the conversation was lost, say because the
+        actor was restarted, and leaving the block does not tell of it.
+
+        Raises:
+            TurnTimeout, Overloaded, InvalidKey, UnknownBot, NamespaceUnavailable: on entering, as turn.
+        """
+        return BlockingLock(self.turn(bot_name, key, timeout_s=timeout_s))
+
+    def scan(
+        self,
+        bot_name: str,
+        *,
+        flow: str | None = None,
+        state: str | None = None,
+        after: Hashable | None = None,
+        limit: int | None = None,
+    ) -> Generator[Conversation, None, None]:
+        """Go through the bot's conversations, in an order that depends on their keys alone.
+
+        What is found of each shard is of one moment, whatever is written meanwhile; writers do not wait.
+
+        Args:
+            bot_name: the bot.
+            flow: only those that are in this flow.
+            state: only those that are in this state.
+            after: begin behind this key, whether it has a record or not.
+            limit: find so many at most.
+
+        Raises:
+            ScanInterrupted: a shard was restarted during the scan; it may go on with `after`.
+            Overloaded: too many scans are under way.
+            ValueNotDecodable: a value needs a class that is not here; `after` the error's key it goes on.
+            UnknownBot, InvalidKey, NamespaceUnavailable: as get_state.
+        """
+        return across.scan(lambda: self._bot(bot_name), (flow, state), after, limit)
+
+    @overload
+    def count(self, bot_name: str, by: None = None) -> int: ...
+    @overload
+    def count(self, bot_name: str, by: Literal["flow"]) -> dict[str | None, int]: ...
+    @overload
+    def count(self, bot_name: str, by: Literal["state"]) -> dict[tuple[str | None, str | None], int]: ...
+
+    def count(self, bot_name: str, by: By = None) -> int | dict[Any, int]:
+        """How many conversations the bot has: in all, in each flow, or in each flow and state.
+
+        The numbers are kept up to date, so this takes no longer for a million conversations. One that has
+        expired is counted until it is swept, for some seconds.
+
+        Raises:
+            UnknownBot, NamespaceUnavailable: as get_state.
+        """
+        return across.count(self._bot(bot_name), by)
+
+    def position(self, bot_name: str) -> Position:
+        """Where the bot is now: the `since` of a watch that is to see every change from here on.
+
+        Raises:
+            UnknownBot, NamespaceUnavailable: as get_state.
+        """
+        return across.position(self._bot(bot_name))
+
+    def transaction(self, bot_name: str) -> Transaction:
+        """Write to several conversations of one shard: all that the block does takes effect, or nothing.
+
+        The transaction has the storage's methods `set_state`, `set_data`, `update_data`, `patch` and `clear`,
+        which here return nothing: all is sent as one atomic operation when the block is left, and nothing
+        when it is left by an exception. Afterwards `version` is that of the last write.
+
+        >>> storage = Storage()
+        >>> storage.init("doctest_bot")
+        >>> with storage.transaction("doctest_bot") as transaction:
+        ...     transaction.patch("ann", increment={"coins": -5})
+        ...     transaction.patch("bob", increment={"coins": 5})
+        >>> storage.get_data("doctest_bot", "bob")
+        {'coins': 5}
+        >>> storage.drop("doctest_bot")
+
+        Raises, as a method is called:
+            AcrossShards: the key is on another shard than those before.
+            InvalidInput: as the storage's method does.
+
+        Raises, as the block is left; `key` tells which conversation it is about:
+            VersionConflict, InvalidPatch, RecordTooLarge: nothing was changed.
+            FrameTooLarge: together the writes are too large; nothing was changed.
+            UnknownBot, NamespaceUnavailable, OutcomeUnknown: as set_state.
+        """
+        return Transaction(lambda: self._bot(bot_name))
+
+    def copy(self, bot_name: str, key: Hashable, new_key: Hashable, *, overwrite: bool = False) -> bool:
+        """Store the record under another key too, under a new version. True; or False if there is none.
+
+        The copy is what the record was at one moment of the call. It lives as long as the record was given to
+        live by a write, from now on; or, with `ttl_mode="absolute"`, as long as is left by this machine's
+        clock; or else as the options of the bot say.
+
+        Args:
+            bot_name: the bot.
+            key: the conversation.
+            new_key: where it is to be found too.
+            overwrite: replace a record under `new_key`, if there is one.
+
+        Raises:
+            VersionConflict: there is a record under `new_key`, and not `overwrite`; nothing was changed.
+            InvalidInput: both keys are the same.
+            ValueNotDecodable: a stored value needs a class that is not here; nothing was changed.
+            InvalidKey, RecordTooLarge, UnknownBot, NamespaceUnavailable, OutcomeUnknown: as set_state.
+        """
+        return run(copy(Immediate(self._bot(bot_name)), key, new_key, overwrite=overwrite))
+
+    def rename(self, bot_name: str, key: Hashable, new_key: Hashable, *, overwrite: bool = False) -> bool:
+        """As copy, and take the record away from under `key`: for a group that became a supergroup.
+
+        No write to the record under `key` is lost: what is moved is what it was at last. Where both keys are
+        on one shard, that is one atomic step. Where not, the record is stored under `new_key` first: for a
+        moment both keys have it, and for good if this process dies then.
+
+        Raises:
+            VersionConflict: there is a record under `new_key`, and not `overwrite`; or the record under `key`
+                changed again and again, for `timeout_s`. Nothing was changed.
+            OutcomeUnknown: as set_state; or the shard of `key` could not be reached as `new_key` had the
+                record already.
+            InvalidInput, ValueNotDecodable, InvalidKey, RecordTooLarge, UnknownBot, NamespaceUnavailable: as
+                copy.
+        """
+        bot = Immediate(self._bot(bot_name))
+        return run(rename(bot, key, new_key, overwrite=overwrite, timeout_s=self._timeout_s))
+
     def bots(self) -> list[str]:
         """The names of the bots on this cluster, sorted.
 
@@ -263,7 +536,11 @@ class Storage(_Facade):
     def close(self) -> None:
         """Close the connections of all threads. The bots live on."""
         self._is_closed = True
-        for bot in tuple(self._bots):
+        self._pulse.stop()
+        bots = tuple(self._bots)
+        for bot in bots:
+            bot.retire()  # all, before the end of one thread's turns lets those of another begin
+        for bot in bots:
             bot.close()
 
     def __enter__(self) -> Self:
@@ -320,11 +597,17 @@ class AsyncStorage(_Facade):
         return _to_state(await bot.read_record(key))
 
     async def set_state(
-        self, bot_name: str, key: Hashable, state: State, *, expected_version: int | None = None
+        self,
+        bot_name: str,
+        key: Hashable,
+        state: State,
+        *,
+        expected_version: int | None = None,
+        ttl_s: float | None = None,
     ) -> int:
         """See `Storage.set_state`."""
         bot = self._bots().get(bot_name) or await self._resolve(bot_name)
-        version: int = await bot.write(bot.route.set_record(key, state, expected_version))
+        version: int = await bot.write(bot.route.set_record(key, state, expected_version, ttl_s))
         return version
 
     async def get_data(self, bot_name: str, key: Hashable) -> dict[str, Any] | None:
@@ -334,19 +617,61 @@ class AsyncStorage(_Facade):
         return None if content is None else content.data
 
     async def set_data(
-        self, bot_name: str, key: Hashable, data: Mapping[str, Any], *, expected_version: int | None = None
+        self,
+        bot_name: str,
+        key: Hashable,
+        data: Mapping[str, Any],
+        *,
+        expected_version: int | None = None,
+        ttl_s: float | None = None,
     ) -> int:
         """See `Storage.set_data`."""
         bot = self._bots().get(bot_name) or await self._resolve(bot_name)
-        version: int = await bot.write(bot.route.set_data(key, data, expected_version))
+        version: int = await bot.write(bot.route.set_data(key, data, expected_version, ttl_s))
         return version
 
     async def update_data(
-        self, bot_name: str, key: Hashable, changes: Mapping[str, Any], *, expected_version: int | None = None
+        self,
+        bot_name: str,
+        key: Hashable,
+        changes: Mapping[str, Any],
+        *,
+        expected_version: int | None = None,
+        ttl_s: float | None = None,
     ) -> dict[str, Any]:
         """See `Storage.update_data`."""
         bot = self._bots().get(bot_name) or await self._resolve(bot_name)
-        return (await bot.update_data(key, changes, expected_version)).data
+        if ttl_s is None:
+            return (await bot.update_data(key, changes, expected_version)).data
+        content: ContentView = await bot.write(bot.route.update_data(key, changes, expected_version, ttl_s))
+        return content.data
+
+    async def patch(
+        self,
+        bot_name: str,
+        key: Hashable,
+        *,
+        set: Mapping[str, Any] | None = None,  # noqa: A002  # the word for it
+        unset: Iterable[str] = (),
+        increment: Mapping[str, float] | None = None,
+        append: Mapping[str, Any] | None = None,
+        expected_version: int | None = None,
+        ttl_s: float | None = None,
+    ) -> dict[str, Any]:
+        """See `Storage.patch`."""
+        bot = self._bots().get(bot_name) or await self._resolve(bot_name)
+        content: ContentView = await bot.write(
+            bot.route.patch(
+                key,
+                set_=set,
+                unset=unset,
+                increment=increment,
+                append=append,
+                expected_version=expected_version,
+                ttl_s=ttl_s,
+            )
+        )
+        return content.data
 
     async def clear(self, bot_name: str, key: Hashable, *, expected_version: int | None = None) -> bool:
         """See `Storage.clear`."""
@@ -363,6 +688,97 @@ class AsyncStorage(_Facade):
         """See `Storage.set_many`."""
         bot = self._bots().get(bot_name) or await self._resolve(bot_name)
         return await bot.write_many(_set_each(bot.route, states))
+
+    def turn(
+        self,
+        bot_name: str,
+        key: Hashable,
+        *,
+        timeout_s: float | None = None,
+        update_id: int | None = None,
+    ) -> AsyncTurn:
+        """See `Storage.turn`; entered with `async with`."""
+        rules, patience_s = self._rules_of(bot_name), self._patience_s(timeout_s)
+        return AsyncTurn(
+            self._bots, self._resolve, bot_name, key, timeout_s=patience_s, rules=rules, update_id=update_id
+        )
+
+    def lock(self, bot_name: str, key: Hashable, *, timeout_s: float | None = None) -> AsyncLock:
+        """See `Storage.lock`; entered with `async with`."""
+        return AsyncLock(self.turn(bot_name, key, timeout_s=timeout_s))
+
+    def scan(
+        self,
+        bot_name: str,
+        *,
+        flow: str | None = None,
+        state: str | None = None,
+        after: Hashable | None = None,
+        limit: int | None = None,
+    ) -> AsyncGenerator[Conversation, None]:
+        """See `Storage.scan`; gone through with `async for`."""
+        return across.scan_async(lambda: self._bot(bot_name), (flow, state), after, limit, self._timeout_s)
+
+    @overload
+    async def count(self, bot_name: str, by: None = None) -> int: ...
+    @overload
+    async def count(self, bot_name: str, by: Literal["flow"]) -> dict[str | None, int]: ...
+    @overload
+    async def count(
+        self, bot_name: str, by: Literal["state"]
+    ) -> dict[tuple[str | None, str | None], int]: ...
+
+    async def count(self, bot_name: str, by: By = None) -> int | dict[Any, int]:
+        """See `Storage.count`."""
+        return await across.count_async(await self._bot(bot_name), by, self._timeout_s)
+
+    async def position(self, bot_name: str) -> Position:
+        """See `Storage.position`."""
+        return await across.position_async(await self._bot(bot_name), self._timeout_s)
+
+    def watch(
+        self,
+        bot_name: str,
+        *,
+        flow: str | None = None,
+        state: str | None = None,
+        since: Position | None = None,
+    ) -> AsyncGenerator[Change, None]:
+        """Tell of every write to the bot's conversations, those of one conversation in their order.
+
+        It has no end, and goes on after an outage. Whoever is slow costs the shards nothing: they keep their
+        last changes anyway, and say so when these do not reach back far enough.
+
+        Args:
+            bot_name: the bot.
+            flow: only changes of conversations that were or are in this flow.
+            state: only changes of conversations that were or are in this state.
+            since: go on behind this position, of a change or of `position`; None: from now on.
+
+        Raises:
+            ChangesMissed: some changes are not known any more; a scan tells what there is, and a new watch
+                goes on since the position in the error.
+            ValueNotDecodable: a value needs a class that is not here; the error has a position, too.
+            Overloaded: too many watch this bot.
+            InvalidInput: `since` is no position of this bot.
+            UnknownBot: as get_state.
+        """
+        return across.watch(lambda: self._bot(bot_name), (flow, state), since, self._timeout_s)
+
+    def transaction(self, bot_name: str) -> AsyncTransaction:
+        """See `Storage.transaction`; enter it with `async with`."""
+        return AsyncTransaction(lambda: self._bot(bot_name))
+
+    async def copy(self, bot_name: str, key: Hashable, new_key: Hashable, *, overwrite: bool = False) -> bool:
+        """See `Storage.copy`."""
+        return await copy(await self._bot(bot_name), key, new_key, overwrite=overwrite)
+
+    async def rename(
+        self, bot_name: str, key: Hashable, new_key: Hashable, *, overwrite: bool = False
+    ) -> bool:
+        """See `Storage.rename`; one that is cancelled may leave the record under both keys."""
+        bot = await self._bot(bot_name)
+        return await rename(bot, key, new_key, overwrite=overwrite, timeout_s=self._timeout_s)
 
     async def bots(self) -> list[str]:
         """See `Storage.bots`."""
@@ -432,6 +848,9 @@ class AsyncStorage(_Facade):
             for bot in bots.values():
                 bot.close(_closed)
 
+    async def _bot(self, bot_name: str) -> LoopBot:
+        return self._bots().get(bot_name) or await self._resolve(bot_name)
+
     async def _resolve(self, bot_name: str) -> LoopBot:
         check_bot_name(bot_name)
         options = await self._in_thread(self._directory.options, bot_name)
@@ -455,11 +874,7 @@ class AsyncStorage(_Facade):
 
 
 def _to_state(record: RecordView | None) -> State | None:
-    if record is None:
-        return None
-    return State(
-        flow=record.flow, state=record.state, data=record.content.data, version=record.content.version
-    )
+    return None if record is None else state_of(record)
 
 
 def _set_each(route: Route, states: Mapping[K, State]) -> list[Addressed]:
@@ -470,5 +885,9 @@ def _closed() -> StorageClosed:
     return StorageClosed("this storage was closed: make a new one")
 
 
-def _rebuild(kind: type[Any], address: str | None, timeout_s: float, transport: Transport) -> Any:
-    return kind(address, timeout_s=timeout_s, transport=transport)
+def _rebuild(
+    kind: type[Any], address: str | None, timeout_s: float, transport: Transport, rules: dict[str, FlowRules]
+) -> Any:
+    storage = kind(address, timeout_s=timeout_s, transport=transport)
+    storage._rules = rules  # noqa: SLF001  # a copy's own
+    return storage

@@ -103,7 +103,7 @@ def make_bot_on(node: Any, storage: Storage, options: BotOptions) -> ShardDescri
 
 
 def connection_of(storage: Storage) -> BlockingConnection:
-    connection = storage._bot(BOT)._shards[0]._connection
+    connection = storage._bot(BOT).shards[0]._connection
     assert isinstance(connection, BlockingConnection)
     return connection
 

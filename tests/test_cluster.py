@@ -427,7 +427,7 @@ def test_a_worker_of_another_node_comes_by_tcp(cluster: RayCluster, storage: Sto
 
     def work(storage: Storage, bot_name: str) -> tuple[str, Any]:
         storage.update_data(bot_name, (1, 42), {"from": "afar"})
-        connection = next(iter(storage._bots))._shards[0]._connection
+        connection = next(iter(storage._bots)).shards[0]._connection
         assert isinstance(connection, BlockingConnection)
         address = connection._socket.getpeername()
         return str(connection._socket.family.name), address
@@ -616,7 +616,7 @@ async def test_an_async_write_without_an_answer_in_time_has_an_unknown_outcome(
 def test_a_write_whose_answer_was_lost_takes_effect_once(storage: Storage, bot_name: str) -> None:
     storage.init(bot_name)
     storage.set_state(bot_name, KEY, State(state="start"))
-    shard = next(iter(storage._bots))._shards[0]
+    shard = next(iter(storage._bots)).shards[0]
     connection = shard._connection
     assert connection is not None
     version = storage.set_data(bot_name, KEY, {})
@@ -654,7 +654,7 @@ async def test_async_writes_over_breaking_connections_take_effect_once(
         async def break_connections() -> int:
             count = 0
             while not done.is_set():
-                shard = used._bots()[bot_name]._shards[0]
+                shard = used._bots()[bot_name].shards[0]
                 transport = getattr(shard._connection, "_transport", None)
                 if transport is not None:
                     transport.abort()

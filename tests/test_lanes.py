@@ -35,11 +35,13 @@ from fsm_ray.protocol import (
     ReadRecord,
     RecordView,
     ReplyDecoder,
+    Transact,
     WriteRequest,
 )
 from fsm_ray.routing import lanes
 from fsm_ray.routing.directory import Directory
-from fsm_ray.routing.lanes import Lane, LoopBot
+from fsm_ray.routing.lanes import Lane
+from fsm_ray.routing.loop import LoopBot
 from fsm_ray.routing.route import Route
 from fsm_ray.stores.base import Contents
 from fsm_ray.stores.memory import MemoryStore
@@ -89,7 +91,7 @@ class FakeConnection:
     def keys(self) -> list[list[bytes]]:
         """The keys of the operations of each request."""
         return [
-            [operation.key for operation in request.operations]
+            [operation.key for operation in request.operations if not isinstance(operation, Transact)]
             if isinstance(request, WriteRequest)
             else request.keys
             for request in self.requests
@@ -977,7 +979,7 @@ class TestLoopBot:
         route = Route("my_bot", BotOptions())
         directory = Directory(None, TIMEOUT_S)
         bot = LoopBot(directory, route, TIMEOUT_S, lambda: None, by_socket=True)
-        bot._shards[0].lanes[WRITE].connected(FakeConnection())
+        bot.shards[0].lanes[WRITE].connected(FakeConnection())
         futures = [bot.write(route.clear("a", None)), bot.write(route.clear("b", None))]
         bot.close(lambda: StorageClosed("closed"))
 
@@ -989,7 +991,7 @@ class TestLoopBot:
         bot = LoopBot(
             Directory(None, TIMEOUT_S), Route("my_bot", BotOptions()), TIMEOUT_S, lambda: None, by_socket=True
         )
-        for lane in bot._shards[0].lanes:
+        for lane in bot.shards[0].lanes:
             lane.connected(FakeConnection())
         futures: list[asyncio.Future[Any]] = [bot.read_content("a"), bot.read_record("a")]
         bot.close(lambda: StorageClosed("closed"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from decimal import Decimal
+from math import inf, nan
 from typing import Any, NamedTuple
 
 import msgspec
@@ -26,7 +28,8 @@ from fsm_ray.errors import (
 )
 from fsm_ray.namespace import Namespace
 from fsm_ray.options import SLOTS, BotOptions
-from fsm_ray.protocol import Clear, SetData, SetRecord, UpdateData, WriteRequest
+from fsm_ray.protocol import Clear, Patch, SetData, SetRecord, Transact, UpdateData, WriteRequest
+from fsm_ray.record import NEVER_MS
 from fsm_ray.routing.route import Addressed, Route
 from fsm_ray.state import State
 from fsm_ray.stores.base import Contents
@@ -58,8 +61,19 @@ SET = Call("set_record", lambda route, key, data, version: route.set_record(key,
 SET_DATA = Call("set_data", lambda route, key, data, version: route.set_data(key, data, version))
 UPDATE = Call("update_data", lambda route, key, data, version: route.update_data(key, data, version))
 
-WITH_DATA = [SET, SET_DATA, UPDATE]
+PATCH = Call("patch", lambda route, key, data, version: patch(route, key, version, set_=data))
+APPEND = Call("append", lambda route, key, data, version: patch(route, key, version, append=data))
+
+WITH_DATA = [SET, SET_DATA, UPDATE, PATCH, APPEND]
 WRITES = [*WITH_DATA, CLEAR]
+
+TIMED = [
+    Call("set_record", lambda route, key, data, ttl_s: route.set_record(key, state_of(data), None, ttl_s)),
+    Call("set_data", lambda route, key, data, ttl_s: route.set_data(key, data, None, ttl_s)),
+    Call("update_data", lambda route, key, data, ttl_s: route.update_data(key, data, None, ttl_s)),
+    Call("patch", lambda route, key, data, ttl_s: patch(route, key, set_=data, ttl_s=ttl_s)),
+]
+"""Writes that may give a time to live; the last argument is that."""
 
 
 def calls(*chosen: Call) -> pytest.MarkDecorator:
@@ -69,6 +83,13 @@ def calls(*chosen: Call) -> pytest.MarkDecorator:
 def state_of(data: Any) -> State:
     """A state with data that was never validated."""
     return State.model_construct(data=data)
+
+
+def patch(
+    route: Route, key: Any = (42, 7), version: Any = None, *, ttl_s: Any = None, **changes: Any
+) -> Addressed:
+    nothing: dict[str, Any] = {"set_": None, "unset": (), "increment": None, "append": None}
+    return route.patch(key, **(nothing | changes), expected_version=version, ttl_s=ttl_s)
 
 
 def route_of(**options: Any) -> Route:
@@ -203,7 +224,48 @@ class TestOperations:
     def test_the_expected_version_is_carried(self, call: Call, version: int | None) -> None:
         _, operation = call.make(route_of(), 1, {}, version)
 
-        assert decoded(operation).expected_version == version
+        write = decoded(operation)
+        assert not isinstance(write, Transact)
+        assert write.expected_version == version
+
+    @pytest.mark.parametrize(
+        ("ttl_s", "ttl_ms"),
+        [(None, None), (1, 1000), (0.25, 250), (1e-9, 1), (1e10, 10**13), (inf, NEVER_MS)],
+    )
+    @calls(*TIMED)
+    def test_the_time_to_live_is_carried_in_milliseconds(
+        self, call: Call, ttl_s: float | None, ttl_ms: int | None
+    ) -> None:
+        _, operation = call.make(route_of(), 1, {}, ttl_s)
+
+        write = decoded(operation)
+        assert isinstance(write, SetRecord | SetData | UpdateData | Patch)
+        assert write.ttl_ms == ttl_ms
+
+    def test_a_patch_carries_each_of_its_parts(self) -> None:
+        _, operation = patch(
+            route_of(), set_={"a": None}, unset=iter("bc"), increment={"n": 1}, append={"l": True}, version=5
+        )
+
+        one, true, nil = (msgspec.Raw(each) for each in (b"\x01", b"\xc3", b"\xc0"))
+        key = encode_key((42, 7))
+        assert decoded(operation) == Patch(key, {"a": nil}, ["b", "c"], {"n": one}, {"l": true}, 5)
+
+    def test_a_transaction_carries_its_operations_in_order(self) -> None:
+        route = route_of()
+        operations = [call.make(route, (42, 7), {"a": 1}, 5)[1] for call in WRITES]
+
+        assert decoded(route.transact(operations)) == Transact([decoded(each) for each in operations])  # type: ignore[misc]
+
+    def test_a_record_that_was_read_is_carried_as_it_was(self) -> None:
+        data = {"set": {1, (2, 3)}, "big": 2**100}
+        content = protocol.ContentView(data, 9, [1], 50, 60)
+        record = protocol.RecordView("f", "s", content)
+
+        _, operation = route_of().put_record((42, 7), record, 5, 70)
+
+        values = msgspec.msgpack.decode(encode_data(data, allow_pickle=False), type=dict[str, msgspec.Raw])
+        assert decoded(operation) == SetRecord(encode_key((42, 7)), "f", "s", values, 5, 70)
 
     def test_replies_are_decoded_as_the_options_say(self) -> None:
         pickled = msgspec.Raw(encode_data({"a": NOT_PLAIN}, allow_pickle=True))
@@ -232,10 +294,13 @@ class TestRefusals:
 
         assert (refused.value.bot, refused.value.key) == ("my_bot", (42, 7))
 
+    @calls(SET, SET_DATA, UPDATE)
+    def test_none_is_no_data(self, call: Call) -> None:
+        with pytest.raises(InvalidData):
+            call.make(route_of(), (42, 7), None, None)
+
     @calls(*WITH_DATA)
-    @pytest.mark.parametrize(
-        "data", [None, "text", 1, [("a", 1)], {1: 2}, {None: 1}, {"a": (each for each in "")}]
-    )
+    @pytest.mark.parametrize("data", ["text", 1, [("a", 1)], {1: 2}, {None: 1}, {"a": (each for each in "")}])
     def test_what_is_no_data_is_refused(self, call: Call, data: Any) -> None:
         with pytest.raises(InvalidData):
             call.make(route_of(), (42, 7), data, None)
@@ -303,6 +368,62 @@ class TestRefusals:
 
         assert shard == 0
         assert len(operation) > 10_000
+
+    @pytest.mark.parametrize(
+        "ttl_s", [0, -1, -0.0, nan, -inf, 1.1e10, 10**400, True, False, "60", b"60", (1,), 1j]
+    )
+    @calls(*TIMED)
+    def test_what_is_no_time_to_live_is_refused_with_the_cure(self, call: Call, ttl_s: Any) -> None:
+        with pytest.raises(InvalidInput, match=r"ttl_s .* seconds, .*math\.inf") as refused:
+            call.make(route_of(), (42, 7), {}, ttl_s)
+
+        assert (refused.value.bot, refused.value.key) == ("my_bot", (42, 7))
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"set_": {"a": 1}, "unset": ["a"]},
+            {"set_": {"a": 1}, "increment": {"a": 1}},
+            {"set_": {"a": 1}, "append": {"a": 1}},
+            {"unset": ["b", "a"], "increment": {"a": 1}},
+            {"unset": {"a"}, "append": {"a": 1}},
+            {"increment": {"b": 1, "a": 1}, "append": {"a": 1}},
+        ],
+    )
+    def test_a_field_that_a_patch_names_twice_is_refused_and_named(self, changes: Any) -> None:
+        with pytest.raises(InvalidData, match=r"'a' in \w+ and in \w+"):
+            patch(route_of(), **changes)
+
+    @pytest.mark.parametrize("amount", [True, None, "1", b"1", [1], 1j, Decimal(1)])
+    def test_an_increment_by_what_is_no_number_is_refused(self, amount: Any) -> None:
+        with pytest.raises(InvalidData, match="'n' by"):
+            patch(route_of(), increment={"n": amount})
+
+    @pytest.mark.parametrize("amount", [0, -1, 2**64, -(2**1000), 0.5, nan, inf])
+    def test_an_increment_by_any_number_is_sent(self, amount: float) -> None:
+        _, operation = patch(route_of(), increment={"n": amount})
+
+        write = decoded(operation)
+        assert isinstance(write, Patch)
+        assert write.increment == msgspec.msgpack.decode(
+            encode_data({"n": amount}, allow_pickle=False), type=dict[str, msgspec.Raw]
+        )
+
+    def test_an_increment_that_is_larger_than_a_record_is_sent(self) -> None:
+        assert patch(route_of(max_record_bytes=1000), increment={"n": -(2**10_000)})
+
+    @pytest.mark.parametrize("unset", ["name", b"name", None, 1, [1], ["a", None], [["a"]], ["\ud800"]])
+    def test_what_is_no_names_of_fields_is_refused(self, unset: Any) -> None:
+        with pytest.raises(InvalidData):
+            patch(route_of(), unset=unset)
+
+    def test_a_transaction_that_no_frame_can_hold_is_refused_with_the_cure(self) -> None:
+        operation = route_of().update_data("ann", {"a": "x" * (1 << 19)}, None)[1]
+
+        with pytest.raises(FrameTooLarge, match="several transactions") as refused:
+            route_of().transact([operation] * 64)
+
+        assert refused.value.bot == "my_bot"
 
     REFUSED: Sequence[tuple[str, type[FsmRayError], Callable[[Route], Addressed]]] = [
         ("no data", InvalidData, lambda route: UPDATE.make(route, (42, 7), None, None)),

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import copy
 import pickle
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from fsm_ray.state import State
+from fsm_ray.protocol import ContentView, RecordView
+from fsm_ray.record import NEVER_MS
+from fsm_ray.state import State, state_of
+
+SOON = datetime(2026, 2, 28, 12, tzinfo=UTC)
 
 
 class TestFields:
     def test_a_new_state_is_in_no_flow_and_no_state_and_has_no_data(self) -> None:
         state = State()
 
-        assert (state.flow, state.state, state.data, state.version) == (None, None, {}, None)
+        assert (state.flow, state.state, state.data) == (None, None, {})
+        assert (state.version, state.expires_at) == (None, None)
 
     def test_the_flow_can_be_chosen(self) -> None:
         state = State(flow="registration")
@@ -109,6 +115,11 @@ class TestStrictness:
         with pytest.raises(ValidationError, match="version"):
             State(version=version)
 
+    @pytest.mark.parametrize("moment", [1.5, "2026-02-28T12:00:00Z", datetime(2026, 2, 28)])  # noqa: DTZ001
+    def test_an_expiry_that_is_no_aware_datetime_is_refused(self, moment: Any) -> None:
+        with pytest.raises(ValidationError, match="expires_at"):
+            State(expires_at=moment)
+
     def test_an_unknown_field_is_refused(self) -> None:
         with pytest.raises(ValidationError, match="step"):
             State(step="get_name")  # type: ignore[call-arg]
@@ -126,8 +137,8 @@ class TestStrictness:
 
 
 class TestEquality:
-    def test_states_that_say_the_same_are_equal_whatever_their_version(self) -> None:
-        state = State(flow="registration", state="get_name", data={"a": 1}, version=1)
+    def test_states_that_say_the_same_are_equal_whatever_their_version_and_expiry(self) -> None:
+        state = State(flow="registration", state="get_name", data={"a": 1}, version=1, expires_at=SOON)
 
         assert state == State(flow="registration", state="get_name", data={"a": 1}, version=2)
         assert state == State(flow="registration", state="get_name", data={"a": 1})
@@ -174,13 +185,13 @@ class TestCopies:
 
     @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
     def test_a_state_survives_pickling(self, protocol: int) -> None:
-        state = State(flow="registration", state="get_name", data={"tags": {"a", "b"}}, version=3)
+        state = State(flow="f", state="s", data={"tags": {"a", "b"}}, version=3, expires_at=SOON)
 
         copied = pickle.loads(pickle.dumps(state, protocol))
 
         assert type(copied) is State
         assert copied == state
-        assert copied.version == 3
+        assert (copied.version, copied.expires_at) == (3, SOON)
 
     def test_a_deep_copy_shares_nothing(self) -> None:
         state = State(data={"tags": ["a"]})
@@ -189,3 +200,33 @@ class TestCopies:
         copied.data["tags"].append("b")
 
         assert state == State(data={"tags": ["a"]})
+
+
+class TestWhatIsShown:
+    def test_a_state_that_never_expires_does_not_speak_of_it(self) -> None:
+        assert repr(State(version=1)) == "State(flow=None, state=None, data={}, version=1)"
+
+    def test_a_state_that_expires_tells_when(self) -> None:
+        assert repr(State(expires_at=SOON)).endswith(f", version=None, expires_at={SOON!r})")
+
+
+class TestStateOf:
+    @pytest.mark.parametrize(
+        ("deadline_ms", "expires_at"),
+        [
+            (NEVER_MS, None),
+            (0, datetime(1970, 1, 1, tzinfo=UTC)),
+            (1_772_280_000_001, SOON + timedelta(milliseconds=1)),
+            (253_402_300_799_999, datetime.max.replace(microsecond=999_000, tzinfo=UTC)),
+            (253_402_300_800_000, None),
+        ],
+    )
+    def test_a_record_is_read_with_its_version_and_expiry(
+        self, deadline_ms: int, expires_at: datetime | None
+    ) -> None:
+        content = ContentView({"a": 1}, 7, deadline_ms=deadline_ms)
+
+        state = state_of(RecordView("f", "s", content))
+
+        assert state == State(flow="f", state="s", data={"a": 1})
+        assert (state.version, state.expires_at) == (7, expires_at)

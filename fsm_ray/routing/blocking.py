@@ -5,6 +5,7 @@ A connection for each thread measured better than one behind a lock: nobody wait
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -21,8 +22,19 @@ from fsm_ray.actor import NamespaceActor
 from fsm_ray.channel.client import BlockingConnection, addresses
 from fsm_ray.channel.frames import FrameTooLong
 from fsm_ray.channel.handshake import HandshakeFailed
-from fsm_ray.errors import NamespaceUnavailable, UnknownBot
-from fsm_ray.protocol import GOOD_RESULTS, READ_CONTENT, READ_RECORD, WRITE, ContentView, RecordView
+from fsm_ray.errors import FsmRayError, NamespaceUnavailable, StorageClosed, UnknownBot
+from fsm_ray.protocol import (
+    GRANTS,
+    NO_TURN,
+    READ_CONTENT,
+    READ_RECORD,
+    TURN,
+    WRITE,
+    ContentView,
+    Grant,
+    RecordView,
+    good,
+)
 from fsm_ray.routing.directory import Directory, retry_delay_s
 from fsm_ray.routing.lanes import fitting
 from fsm_ray.routing.route import Addressed, Route
@@ -81,11 +93,16 @@ class BlockingShard:
         self._timeout_s = timeout_s
         self._by_socket = by_socket
         self._on_gone = on_gone
-        self._session = os.urandom(16)
+        self.session_id = os.urandom(16)
+        """What the shard knows this thread's writes and turns by."""
         self._number = 0
-        self._read_number = 0
+        self._asked = 0
+        self._last_turn = NO_TURN
         self._connection: Connection | None = None
+        self._connections = 0
         self._pid = os.getpid()
+        self.is_closed = False
+        """Whether there is to be no connection any more."""
 
     def read(self, kind: int, operations: Sequence[bytes]) -> Sequence[Any]:
         """The operations' results, errors among them; they must fit into one request.
@@ -93,9 +110,7 @@ class BlockingShard:
         Raises:
             NamespaceUnavailable: no answer within `timeout_s`.
         """
-        self._read_number += 1
-        number = self._read_number
-        return self._call(kind, lambda _: protocol.read_request(kind, number, operations))
+        return self.ask(kind, lambda number: protocol.read_request(kind, number, operations))
 
     def write(self, operations: Sequence[bytes]) -> Sequence[Any]:
         """As `read`.
@@ -107,16 +122,109 @@ class BlockingShard:
         if self._pid != os.getpid():
             self._leave_parent()
         self._number += 1
-        number, session = self._number, self._session
+        number, session = self._number, self.session_id
         return self._call(
             WRITE,
             lambda is_resend: protocol.write_request(number, operations, session, is_resend=is_resend),
+        )
+
+    def write_one(self, operation: bytes) -> Any:
+        """The operation's result; raises as `write`, and the operation's own error."""
+        return good(self.write((operation,))[0])
+
+    def ask(self, kind: int, request: Callable[[int], bytes]) -> Sequence[Any]:
+        """The results that the shard gives to a request that is safe to repeat, and gets a number.
+
+        Raises:
+            NamespaceUnavailable: none came within `timeout_s`.
+        """
+        if self._pid != os.getpid():
+            self._leave_parent()
+        self._asked += 1
+        frame = request(self._asked)
+        return self._call(kind, lambda _: frame)
+
+    def begin_turn(self, key: bytes, timeout_s: float) -> tuple[int, RecordView | None]:
+        """The number of a turn that has the conversation of this encoded key, and the record.
+
+        Raises:
+            TimeoutError: other turns kept it for so long.
+            Overloaded: too many wait for it.
+            NamespaceUnavailable: the shard gave no answer in time.
+        """
+        self._last_turn += 1
+        number, deadline = self._last_turn, time.monotonic() + timeout_s
+        try:
+            while True:
+                record = self._turn(protocol.begin_turn(number, key))
+                if record is not False:
+                    return number, record
+                granted = self._wait_for_grant(number, deadline)
+                if granted is not None:
+                    return number, granted.record
+        except BaseException:
+            self.end_turn(number)
+            raise
+
+    def end_turn(self, number: int) -> None:
+        """End a turn without a commit; a shard that cannot be reached ends it by itself."""
+        with contextlib.suppress(FsmRayError):
+            self._turn(protocol.end_turn(number))
+
+    def show_life(self, session_id: bytes) -> None:
+        """Tell the shard that this session's turns are still being worked on."""
+        self.ask(
+            TURN, lambda number: protocol.turn_request(number, (protocol.end_turn(NO_TURN),), session_id)
+        )
+
+    def twin(self, timeout_s: float) -> BlockingShard:
+        """The same shard for another thread, which waits for no answer longer than this."""
+        return BlockingShard(
+            self._directory,
+            self._route,
+            self._shard,
+            min(timeout_s, self._timeout_s),
+            self._on_gone,
+            by_socket=self._by_socket,
         )
 
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def _turn(self, operation: bytes) -> Any:
+        """The result of an operation of a turn request."""
+        results = self.ask(TURN, lambda number: protocol.turn_request(number, (operation,), self.session_id))
+        return good(results[0])
+
+    def _wait_for_grant(self, number: int, deadline: float) -> Grant | None:
+        """The turn's grant; None when it has to be asked for again, over a new connection."""
+        connections = self._connections
+        while connections == self._connections:
+            wait_s = min(deadline - time.monotonic(), self._timeout_s / 2)
+            if wait_s <= 0:
+                raise TimeoutError
+            grants = self._grants(wait_s)
+            if self.is_closed:
+                raise self._closed()  # what was granted ends with the connection
+            for grant in grants:
+                if grant.turn == number:
+                    return grant
+                self.end_turn(grant.turn)  # whoever asked for it waits no more
+        return None
+
+    def _grants(self, wait_s: float) -> list[Grant]:
+        """What is granted to this thread's turns within this time, at most once."""
+        self._asked += 1
+        number = self._asked
+
+        def request(is_resend: bool) -> bytes:  # noqa: FBT001  # as `_call` calls it
+            # Over a new connection there is nothing to wait for: each turn has to be asked for again.
+            return protocol.grants_request(number, self.session_id, 0.0 if is_resend else wait_s)
+
+        results = self._call(GRANTS, request)
+        return [good(result) for result in results]
 
     def __del__(self) -> None:
         self.close()
@@ -167,7 +275,10 @@ class BlockingShard:
     def _open(self, timeout_s: float, attempt: int) -> Connection:
         """A connection by the best way there is; its replies may take `timeout_s`."""
         bot_name = self._route.bot_name
+        if self.is_closed:
+            raise self._closed()
         timeout_s = max(timeout_s, 0.001)
+        self._connections += 1
         if self._by_socket and not self._directory.is_remote:
             find = self._directory.locate if attempt else self._directory.known_endpoint
             endpoint = find(bot_name, self._shard)
@@ -184,10 +295,13 @@ class BlockingShard:
         self._connection = BlockingRayCall(self._directory.handle(bot_name, self._shard), timeout_s)
         return self._connection
 
+    def _closed(self) -> StorageClosed:
+        return StorageClosed("this storage was closed: make a new one", bot=self._route.bot_name)
+
     def _leave_parent(self) -> None:
         """Begin anew in a forked child: the parent goes on with the connection and the session."""
         self.close()
-        self._session = os.urandom(16)
+        self.session_id = os.urandom(16)
         self._number = 0
         self._pid = os.getpid()
 
@@ -206,7 +320,7 @@ class BlockingBot:
     ) -> None:
         """`on_gone` is called when the bot turns out to be gone: this object is of no further use."""
         self.route = route
-        self._shards = [
+        self.shards = [
             BlockingShard(directory, route, shard, timeout_s, on_gone, by_socket=by_socket)
             for shard in range(route.options.shards)
         ]
@@ -214,19 +328,19 @@ class BlockingBot:
     def read_content(self, key: Hashable) -> ContentView | None:
         """What is under the key, flow and state left out; raises as `BlockingShard.read`."""
         shard, operation = self.route.read(key)
-        content: ContentView | None = _good(self._shards[shard].read(READ_CONTENT, (operation,))[0])
+        content: ContentView | None = good(self.shards[shard].read(READ_CONTENT, (operation,))[0])
         return content
 
     def read_record(self, key: Hashable) -> RecordView | None:
         """What is under the key; raises as `BlockingShard.read`."""
         shard, operation = self.route.read(key)
-        record: RecordView | None = _good(self._shards[shard].read(READ_RECORD, (operation,))[0])
+        record: RecordView | None = good(self.shards[shard].read(READ_RECORD, (operation,))[0])
         return record
 
     def write(self, addressed: Addressed) -> Any:
         """The operation's result; raises as `BlockingShard.write`."""
         shard, operation = addressed
-        return _good(self._shards[shard].write((operation,))[0])
+        return self.shards[shard].write_one(operation)
 
     def read_records(self, keys: Iterable[Hashable]) -> list[RecordView | None]:
         """What is under each of the keys; raises as `BlockingShard.read`."""
@@ -252,19 +366,22 @@ class BlockingBot:
                 operations = [addressed[place][1] for place in places[: self.route.max_operations]]
                 count = fitting(operations)
                 for place, result in zip(
-                    places, exchange(self._shards[shard], operations[:count]), strict=False
+                    places, exchange(self.shards[shard], operations[:count]), strict=False
                 ):
                     results[place] = result
                 del places[:count]
-        return [_good(result) for result in results]
+        return [good(result) for result in results]
+
+    def shard_of(self, key: bytes) -> BlockingShard:
+        """The shard that has this encoded key."""
+        return self.shards[self.route.shard_of(key)]
+
+    def retire(self) -> None:
+        """Let no turn begin, and no connection be made, any more."""
+        for shard in self.shards:
+            shard.is_closed = True
 
     def close(self) -> None:
-        for shard in self._shards:
+        self.retire()
+        for shard in self.shards:
             shard.close()
-
-
-def _good(result: Any) -> Any:
-    """The result, unless it is an error: that is raised."""
-    if type(result) not in GOOD_RESULTS:
-        raise protocol.error_of(result)
-    return result

@@ -6,12 +6,16 @@ rehashes a key.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import math
+import reprlib
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from fsm_ray import protocol
 from fsm_ray.codec import encode_data, encode_key, extension_hook, slot_of
 from fsm_ray.errors import (
+    FrameTooLarge,
+    InvalidData,
     InvalidInput,
     InvalidState,
     NamespaceUnavailable,
@@ -20,11 +24,18 @@ from fsm_ray.errors import (
     UnknownBot,
 )
 from fsm_ray.options import SLOTS, BotOptions, whereabouts
-from fsm_ray.protocol import BIN8, MAX_OPERATIONS, MAX_REPLY_BYTES, ReplyDecoder
+from fsm_ray.protocol import BIN8, MAX_OPERATIONS, MAX_REPLY_BYTES, RecordView, ReplyDecoder
+from fsm_ray.record import to_ms
 from fsm_ray.state import State
 
 Addressed = tuple[int, bytes]
 """A shard, and an operation for it."""
+
+Fields = Mapping[str, Any] | None
+"""Fields of the data, by name; None: no field."""
+
+_MAX_TTL_S = 1e10
+"""As in BotOptions."""
 
 
 class Route:
@@ -51,7 +62,9 @@ class Route:
         operation = BIN8[length] + encoded if length < len(BIN8) else protocol.read(encoded)
         return 0 if self._is_single else self.shard_of(encoded), operation
 
-    def set_record(self, key: Hashable, state: State, expected_version: int | None) -> Addressed:
+    def set_record(
+        self, key: Hashable, state: State, expected_version: int | None, ttl_s: float | None = None
+    ) -> Addressed:
         try:
             if not isinstance(state, State):
                 raise InvalidState(
@@ -60,34 +73,91 @@ class Route:
             encoded = encode_key(key)
             data = encode_data(state.data, allow_pickle=self._allow_pickle)
             _check_version(expected_version)
-            operation = protocol.set_record(encoded, state.flow, state.state, data, expected_version)
+            ttl_ms = None if ttl_s is None else self.ttl_ms(ttl_s)
+            operation = protocol.set_record(
+                encoded, state.flow, state.state, data, expected_version, ttl_ms=ttl_ms
+            )
             return self._bounded(encoded, data, operation)
         except InvalidInput as error:
             raise self._about(error, key)  # noqa: B904  # the same error, with more facts
 
-    def set_data(self, key: Hashable, data: Mapping[str, Any], expected_version: int | None) -> Addressed:
+    def put_record(
+        self, key: Hashable, record: RecordView, expected_version: int | None, ttl_ms: int | None
+    ) -> Addressed:
+        """As `set_record`, of a record as it was read."""
+        try:
+            encoded = encode_key(key)
+            data = encode_data(record.content.data, allow_pickle=self._allow_pickle)
+            operation = protocol.set_record(
+                encoded, record.flow, record.state, data, expected_version, ttl_ms=ttl_ms
+            )
+            return self._bounded(encoded, data, operation)
+        except InvalidInput as error:
+            raise self._about(error, key)  # noqa: B904  # the same error, with more facts
+
+    def set_data(
+        self,
+        key: Hashable,
+        data: Mapping[str, Any],
+        expected_version: int | None,
+        ttl_s: float | None = None,
+    ) -> Addressed:
         try:
             encoded = encode_key(key)
             values = encode_data(data, allow_pickle=self._allow_pickle)
             _check_version(expected_version)
-            return self._bounded(encoded, values, protocol.set_data(encoded, values, expected_version))
+            ttl_ms = None if ttl_s is None else self.ttl_ms(ttl_s)
+            operation = protocol.set_data(encoded, values, expected_version, ttl_ms)
+            return self._bounded(encoded, values, operation)
         except InvalidInput as error:
             raise self._about(error, key)  # noqa: B904  # the same error, with more facts
 
     def update_data(
-        self, key: Hashable, changes: Mapping[str, Any], expected_version: int | None
+        self,
+        key: Hashable,
+        changes: Mapping[str, Any],
+        expected_version: int | None,
+        ttl_s: float | None = None,
     ) -> Addressed:
         try:
             encoded = encode_key(key)
             values = encode_data(changes, allow_pickle=self._allow_pickle)
             if expected_version is not None:
                 _check_version(expected_version)
+            ttl_ms = None if ttl_s is None else self.ttl_ms(ttl_s)
             if len(encoded) + len(values) > self._max_record_bytes:
                 self._refuse(len(encoded) + len(values))
         except InvalidInput as error:
             raise self._about(error, key)  # noqa: B904  # the same error, with more facts
         shard = 0 if self._is_single else self.shard_of(encoded)
-        return shard, protocol.update_data(encoded, values, expected_version)
+        return shard, protocol.update_data(encoded, values, expected_version, ttl_ms)
+
+    def patch(
+        self,
+        key: Hashable,
+        *,
+        set_: Fields,
+        unset: Iterable[str],
+        increment: Fields,
+        append: Fields,
+        expected_version: int | None,
+        ttl_s: float | None,
+    ) -> Addressed:
+        try:
+            encoded = encode_key(key)
+            fields, names = _check_patch({"set": set_, "increment": increment, "append": append}, unset)
+            values, amounts, items = (
+                encode_data(each, allow_pickle=self._allow_pickle) for each in fields.values()
+            )
+            _check_version(expected_version)
+            ttl_ms = None if ttl_s is None else self.ttl_ms(ttl_s)
+            operation = protocol.patch(
+                encoded, (values, names, amounts, items), expected_version, ttl_ms=ttl_ms
+            )
+            # Not the amounts: a sum may be shorter than what it is made of.
+            return self._bounded(encoded, values + items, operation)
+        except InvalidInput as error:
+            raise self._about(error, key)  # noqa: B904  # the same error, with more facts
 
     def clear(self, key: Hashable, expected_version: int | None) -> Addressed:
         try:
@@ -97,6 +167,33 @@ class Route:
         except InvalidInput as error:
             raise self._about(error, key)  # noqa: B904  # the same error, with more facts
         return 0 if self._is_single else self.shard_of(encoded), operation
+
+    def transact(self, operations: Sequence[bytes]) -> bytes:
+        """One operation of these, which are for one shard.
+
+        Raises:
+            FrameTooLarge: together they are too large.
+        """
+        try:
+            return protocol.transact(operations)
+        except FrameTooLarge as error:
+            error.bot = self.bot_name
+            raise error.copied(", or several transactions") from None
+
+    @staticmethod
+    def ttl_ms(ttl_s: float) -> int:
+        """The time to live that a write gives, in milliseconds.
+
+        Raises:
+            InvalidInput: it is none.
+        """
+        is_number = isinstance(ttl_s, int | float) and not isinstance(ttl_s, bool)
+        if is_number and (0 < ttl_s <= _MAX_TTL_S or ttl_s == math.inf):
+            return to_ms(ttl_s)
+        raise InvalidInput(
+            f"ttl_s is a time to live in seconds, more than 0 and at most {_MAX_TTL_S:.0f}; "
+            f"math.inf: for ever; None: as the bot's options say; not {ttl_s!r}"
+        )
 
     def check_options(self, options: BotOptions) -> None:
         """Refuse a shard of other options: the bot was dropped and made again since this route was."""
@@ -152,3 +249,37 @@ def _check_version(expected_version: int | None) -> None:
         "expected_version is the version of a State that was read, or 0 for no record; "
         f"not {expected_version!r}"
     )
+
+
+def _check_patch(
+    fields: Mapping[str, Fields], unset: Iterable[str]
+) -> tuple[dict[str, Mapping[str, Any]], list[str]]:
+    """The fields that each argument of a patch changes, and the names of those to be removed.
+
+    Raises:
+        InvalidData: they cannot be, or a field is named twice, so that the order would decide.
+    """
+    given = {argument: {} if each is None else each for argument, each in fields.items()}
+    for argument, each in given.items():
+        if not isinstance(each, Mapping):
+            raise InvalidData(f"patch takes {argument}={{name: value}}, not {reprlib.repr(each)}")
+    if isinstance(unset, str) or not isinstance(unset, Iterable):
+        raise InvalidData(f"patch takes unset=[name, ...], not {reprlib.repr(unset)}")
+    names = list(unset)
+    if not all(isinstance(name, str) for name in names):
+        raise InvalidData(f"patch takes names of fields in unset, not {reprlib.repr(names)}")
+    encode_data(dict.fromkeys(names), allow_pickle=False)  # refuses what is no name
+    seen: dict[str, str] = {}
+    for argument, each in {**given, "unset": dict.fromkeys(names)}.items():
+        for name in each:
+            if name in seen:
+                raise InvalidData(
+                    f"patch names field {name!r} in {seen[name]} and in {argument}: make two patches"
+                )
+            seen[name] = argument
+    for name, amount in given["increment"].items():
+        if type(amount) is not int and type(amount) is not float:
+            raise InvalidData(
+                f"patch increments field {name!r} by {reprlib.repr(amount)}: give an int or a float"
+            )
+    return given, names

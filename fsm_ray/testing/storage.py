@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import itertools
+import math
 import threading
+import time
 import uuid
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
+from types import TracebackType
 from typing import Any
 from uuid import UUID
 
 import pytest
 
 from fsm_ray.errors import (
+    AcrossShards,
+    FrameTooLarge,
+    FsmRayError,
     InvalidBotName,
     InvalidData,
     InvalidInput,
     InvalidKey,
     InvalidOptions,
+    InvalidPatch,
     InvalidState,
     OptionsConflict,
     PickleNotAllowed,
@@ -30,6 +38,7 @@ from fsm_ray.errors import (
 )
 from fsm_ray.options import BotOptions
 from fsm_ray.protocol import MAX_OPERATIONS
+from fsm_ray.routing.route import Route
 from fsm_ray.state import State
 from fsm_ray.storage import AsyncStorage, Storage
 
@@ -47,22 +56,61 @@ class Blocking:
         self._thread.start()
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        method: Callable[..., Coroutine[Any, Any, Any]] = getattr(self._storage, name)
+        method: Callable[..., Any] = getattr(self._storage, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return asyncio.run_coroutine_threadsafe(method(*args, **kwargs), self._loop).result()
+            made = method(*args, **kwargs)
+            if asyncio.iscoroutine(made):
+                return self.run(made)
+            return BlockingContext(self, made) if hasattr(made, "__aenter__") else made
 
         return call
 
+    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """The coroutine's result."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
     def stop(self) -> None:
         """Close the storage and end the loop."""
-        asyncio.run_coroutine_threadsafe(self._storage.close(), self._loop).result()
+        self.run(self._storage.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
 
+class BlockingContext:
+    """What is entered with `async with`, for `with`."""
+
+    def __init__(self, blocking: Blocking, context: Any) -> None:
+        self._blocking = blocking
+        self._context = context
+
+    def __enter__(self) -> Any:
+        return self._blocking.run(self._context.__aenter__())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> Any:
+        return self._blocking.run(self._context.__aexit__(kind, error, traceback))
+
+
 AnyStorage = Storage | Blocking
+
+_DEADLINE_S = 30.0
+
+_RICH = State(
+    flow="f",
+    state="s",
+    data={"int": 2**100, "tuple": (1, [2]), "set": {1}, "at": datetime.date(2026, 2, 28), "none": None},
+)
+
+
+def other_key(storage: AnyStorage, bot: str, key: Any, *, is_near: bool) -> Any:
+    """Another key, on the same shard; or not `is_near`: on another one, if the bot has several."""
+    route = Route(bot, storage.describe(bot).options)
+    is_near = is_near or route.options.shards == 1
+    shard, _ = route.read(key)
+    return next((key, n) for n in itertools.count() if (route.read((key, n))[0] == shard) == is_near)
 
 
 class StorageContract:
@@ -312,6 +360,444 @@ class StorageContract:
         with pytest.raises(VersionConflict):
             storage.set_state(bot, key, State(state="second"), expected_version=0)
         assert storage.get_state(bot, key) == State(state="first")
+
+    # Time to live
+
+    def test_a_record_is_gone_when_its_time_to_live_is_over(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        ttl_s = 0.05
+        keys = [(key, number) for number in range(5)]
+        storage.set_state(bot, keys[0], State(state="a"), ttl_s=ttl_s)
+        storage.set_data(bot, keys[1], {"n": 1}, ttl_s=ttl_s)
+        storage.update_data(bot, keys[2], {"n": 1}, ttl_s=ttl_s)
+        storage.patch(bot, keys[3], increment={"n": 1}, ttl_s=ttl_s)
+        with storage.transaction(bot) as transaction:
+            transaction.set_data(keys[4], {"n": 1}, ttl_s=ttl_s)
+
+        end = time.monotonic() + _DEADLINE_S
+        while storage.get_many(bot, keys) != [None] * 5:
+            assert time.monotonic() < end
+        assert [storage.clear(bot, each) for each in keys] == [False] * 5
+
+    def test_a_state_tells_when_it_expires(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        margin = datetime.timedelta(minutes=1)
+        expected = datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1)
+        storage.set_state(bot, key, State(state="a"), ttl_s=3600)
+        storage.update_data(bot, key, {"n": 1})
+
+        stored = storage.get_state(bot, key)
+        assert stored is not None
+        assert stored.expires_at is not None
+        assert stored.expires_at.tzinfo is datetime.UTC
+        assert abs(stored.expires_at - expected) < margin
+
+    @pytest.mark.parametrize("ttl_s", [None, math.inf])
+    def test_a_write_of_a_whole_state_forgets_the_time_to_live(
+        self, storage: AnyStorage, bot: str, key: Any, ttl_s: float | None
+    ) -> None:
+        storage.set_state(bot, key, State(state="a"), ttl_s=3600)
+        expiring = storage.get_state(bot, key)
+        assert expiring is not None
+
+        storage.set_state(bot, key, expiring, ttl_s=ttl_s)
+
+        stored = storage.get_state(bot, key)
+        assert stored is not None
+        assert stored.expires_at is None
+
+    @pytest.mark.parametrize("ttl_s", [0, -1, math.nan, -math.inf, 2e10, True, "60", Decimal(60)])
+    def test_what_is_no_time_to_live_is_refused(
+        self, storage: AnyStorage, bot: str, key: Any, ttl_s: Any
+    ) -> None:
+        for write in (
+            lambda: storage.set_state(bot, key, State(), ttl_s=ttl_s),
+            lambda: storage.set_data(bot, key, {}, ttl_s=ttl_s),
+            lambda: storage.update_data(bot, key, {}, ttl_s=ttl_s),
+            lambda: storage.patch(bot, key, ttl_s=ttl_s),
+        ):
+            with pytest.raises(InvalidInput, match="seconds"):
+                write()
+        assert storage.get_state(bot, key) is None
+
+    # Patches
+
+    def test_a_patch_changes_several_fields_and_returns_the_data(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        data = {"kept": (1, 2), "gone": 1, "changed": 1, "count": 2**100, "share": 0.5, "log": [{"at": 1}]}
+        storage.set_state(bot, key, State(flow="f", state="s", data=data))
+
+        patched = storage.patch(
+            bot,
+            key,
+            set={"changed": {1, 2}, "new": None},
+            unset=["gone", "missing"],
+            increment={"count": 1, "share": 1},
+            append={"log": UUID(int=7)},
+        )
+
+        expected = {
+            "kept": (1, 2),
+            "changed": {1, 2},
+            "count": 2**100 + 1,
+            "share": 1.5,
+            "log": [{"at": 1}, UUID(int=7)],
+            "new": None,
+        }
+        assert patched == expected
+        assert storage.get_state(bot, key) == State(flow="f", state="s", data=expected)
+
+    def test_a_patch_without_a_record_counts_from_zero_and_appends_to_an_empty_list(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        patched = storage.patch(
+            bot, key, unset=("x",), increment={"n": -(2**70), "m": 0.5}, append={"log": ["a"]}
+        )
+
+        assert patched == {"n": -(2**70), "m": 0.5, "log": [["a"]]}
+        assert storage.get_state(bot, key) == State(data=patched)
+
+    def test_a_patch_of_nothing_changes_no_data(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        storage.set_data(bot, key, {"kept": 1})
+
+        assert storage.patch(bot, key) == {"kept": 1}
+
+    @pytest.mark.parametrize(
+        ("field", "change"),
+        [
+            ("text", {"increment": {"text": 1}}),
+            ("bool", {"increment": {"bool": 1}}),
+            ("text", {"append": {"text": 1}}),
+            ("tuple", {"append": {"tuple": 1}}),
+        ],
+    )
+    def test_a_patch_that_does_not_fit_the_data_changes_nothing(
+        self, storage: AnyStorage, bot: str, key: Any, field: str, change: Any
+    ) -> None:
+        data = {"text": "x", "bool": True, "tuple": ()}
+        storage.set_data(bot, key, data)
+
+        with pytest.raises(InvalidPatch, match=field) as caught:
+            storage.patch(bot, key, set={"new": 1}, **change)
+
+        assert (caught.value.field, caught.value.key) == (field, key)
+        assert storage.get_data(bot, key) == data
+
+    def test_a_patch_that_expects_another_version_changes_nothing(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        version = storage.set_data(bot, key, {"n": 1})
+        storage.patch(bot, key, increment={"n": 1}, expected_version=version)
+
+        with pytest.raises(VersionConflict):
+            storage.patch(bot, key, increment={"n": 1}, expected_version=version)
+        assert storage.get_data(bot, key) == {"n": 2}
+
+    @pytest.mark.parametrize(
+        "patch",
+        [
+            {"set": {"a": 1}, "unset": ["a"]},
+            {"increment": {"a": True}},
+            {"unset": "name"},
+            {"append": {"a": threading.Lock()}},
+        ],
+    )
+    def test_what_is_no_patch_is_refused(self, storage: AnyStorage, bot: str, key: Any, patch: Any) -> None:
+        with pytest.raises(InvalidData):
+            storage.patch(bot, key, **patch)
+        assert storage.get_state(bot, key) is None
+
+    def test_concurrent_increments_all_count(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        def patch(worker: int) -> None:
+            for _ in range(20):
+                storage.patch(bot, key, increment={"n": 1}, append={"log": worker})
+
+        with ThreadPoolExecutor(32) as pool:
+            list(pool.map(patch, range(32)))
+
+        data = storage.get_data(bot, key)
+        assert data is not None
+        assert data["n"] == 640
+        assert sorted(data["log"]) == sorted(list(range(32)) * 20)
+
+    # Transactions
+
+    def test_a_transaction_makes_all_its_writes_in_order(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        other = other_key(storage, bot, key, is_near=True)
+        version = storage.set_state(bot, key, State(flow="f", state="s", data={"gone": 1}))
+
+        with storage.transaction(bot) as transaction:
+            transaction.set_data(key, {"n": 1}, expected_version=version)
+            transaction.update_data(key, {"m": 2})
+            transaction.set_state(other, State(state="new"), expected_version=0)
+            transaction.clear(other)
+            transaction.set_state(other, State(state="newer"))
+            transaction.patch(other, increment={"n": 5}, ttl_s=3600)
+            assert storage.get_state(bot, other) is None
+
+        first, second = storage.get_many(bot, [key, other])
+        assert first == State(flow="f", state="s", data={"n": 1, "m": 2})
+        assert second is not None
+        assert second == State(state="newer", data={"n": 5})
+        assert second.expires_at is not None
+        assert transaction.version == second.version
+
+    @pytest.mark.parametrize(
+        ("error", "last_write"),
+        [
+            (VersionConflict, lambda t, key: t.clear(key, expected_version=1 << 60)),
+            (InvalidPatch, lambda t, key: t.patch(key, increment={"text": 1})),
+            (RecordTooLarge, lambda t, key: t.update_data(key, {"b": "x" * ((1 << 20) - 50)})),
+        ],
+    )
+    def test_a_transaction_of_which_one_write_fails_changes_nothing(
+        self,
+        storage: AnyStorage,
+        bot: str,
+        key: Any,
+        error: type[FsmRayError],
+        last_write: Callable[[Any, Any], None],
+    ) -> None:
+        other = other_key(storage, bot, key, is_near=True)
+        states = {key: State(state="kept"), other: State(state="kept", data={"text": "x"})}
+        versions = storage.set_many(bot, states)
+        context = storage.transaction(bot)
+
+        def write() -> None:
+            with context as transaction:
+                transaction.clear(key)
+                transaction.set_state(key, State(state="new"))
+                transaction.update_data(other, {"text": "y"})
+                last_write(transaction, other)
+
+        with pytest.raises(error) as caught:
+            write()
+        assert (caught.value.bot, caught.value.key) == (bot, other)
+        found = storage.get_many(bot, list(states))
+        assert found == list(states.values())
+        assert [state and state.version for state in found] == versions
+
+    def test_an_exception_in_the_block_sends_nothing(self, storage: AnyStorage, bot: str, key: Any) -> None:
+        context = storage.transaction(bot)
+
+        def write() -> int:
+            with context as transaction:
+                transaction.set_state(key, State(state="a"))
+                return 1 // 0
+
+        with pytest.raises(ZeroDivisionError):
+            write()
+        assert storage.get_state(bot, key) is None
+
+    def test_a_transaction_of_nothing_has_no_version(self, storage: AnyStorage, bot: str) -> None:
+        with storage.transaction(bot) as transaction:
+            pass
+
+        assert transaction.version is None
+
+    def test_what_is_refused_is_no_part_of_the_transaction(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        no_state: Any = None
+        with storage.transaction(bot) as transaction:
+            refusals: list[tuple[type[InvalidInput], Callable[[], None]]] = [
+                (InvalidState, lambda: transaction.set_state(key, no_state)),
+                (InvalidData, lambda: transaction.set_data(key, {"a": threading.Lock()})),
+                (InvalidKey, lambda: transaction.clear(object())),
+                (InvalidInput, lambda: transaction.update_data(key, {}, expected_version=-1)),
+                (InvalidInput, lambda: transaction.patch(key, ttl_s=0)),
+            ]
+            for error, write in refusals:
+                with pytest.raises(error):
+                    write()
+            transaction.update_data(key, {"good": 1})
+
+        assert storage.get_state(bot, key) == State(data={"good": 1})
+
+    def test_keys_of_several_shards_are_refused_in_a_transaction(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        other = other_key(storage, bot, key, is_near=False)
+        refusals: list[AcrossShards] = []
+
+        with storage.transaction(bot) as transaction:
+            transaction.set_data(key, {"n": 1})
+            try:
+                transaction.set_data(other, {"n": 1})
+            except AcrossShards as error:
+                refusals.append(error)
+
+        assert storage.get_data(bot, key) == {"n": 1}
+        assert storage.get_data(bot, other) == (None if refusals else {"n": 1})
+        assert bool(refusals) == (storage.describe(bot).options.shards > 1)
+        for refusal in refusals:
+            assert (refusal.bot, refusal.key, "shards=1" in str(refusal)) == (bot, other, True)
+            assert len(set(refusal.shards or ())) == 2
+
+    def test_a_transaction_is_used_once_and_in_its_block(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        context = storage.transaction(bot)
+        with context as transaction:
+            transaction.set_data(key, {"n": 1})
+
+        with pytest.raises(InvalidInput, match="block"):
+            transaction.set_data(key, {"n": 2})
+        with pytest.raises(InvalidInput, match="once"), context:
+            pass
+        assert storage.get_data(bot, key) == {"n": 1}
+
+    def test_a_transaction_that_no_frame_can_hold_is_refused(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        context = storage.transaction(bot)
+        text = "x" * (1_000 << 10)
+
+        def write() -> None:
+            with context as transaction:
+                for _ in range(33):
+                    transaction.set_data(key, {"text": text})
+
+        with pytest.raises(FrameTooLarge, match="several transactions") as caught:
+            write()
+        assert caught.value.bot == bot
+        assert storage.get_state(bot, key) is None
+
+    # Another key
+
+    @pytest.mark.parametrize("is_near", [True, False])
+    def test_a_copy_says_the_same_and_leaves_the_record_alone(
+        self,
+        storage: AnyStorage,
+        bot: str,
+        key: Any,
+        is_near: bool,  # noqa: FBT001
+    ) -> None:
+        other = other_key(storage, bot, key, is_near=is_near)
+        version = storage.set_state(bot, key, _RICH)
+
+        assert storage.copy(bot, key, other) is True
+
+        original, copied = storage.get_many(bot, [key, other])
+        assert original is not None
+        assert copied is not None
+        assert original == copied == _RICH
+        assert original.version == version
+        assert copied.version != version or not is_near
+        assert [type(value) for value in copied.data.values()] == list(map(type, _RICH.data.values()))
+
+    @pytest.mark.parametrize("is_near", [True, False])
+    def test_a_renamed_record_is_under_its_new_key_alone(
+        self,
+        storage: AnyStorage,
+        bot: str,
+        key: Any,
+        is_near: bool,  # noqa: FBT001
+    ) -> None:
+        other = other_key(storage, bot, key, is_near=is_near)
+        storage.set_state(bot, key, _RICH)
+
+        assert storage.rename(bot, key, other) is True
+
+        assert storage.get_many(bot, [key, other]) == [None, _RICH]
+
+    @pytest.mark.parametrize("name", ["copy", "rename"])
+    @pytest.mark.parametrize("is_near", [True, False])
+    def test_a_record_under_the_new_key_is_replaced_on_demand_alone(
+        self,
+        storage: AnyStorage,
+        bot: str,
+        key: Any,
+        is_near: bool,  # noqa: FBT001
+        name: str,
+    ) -> None:
+        other = other_key(storage, bot, key, is_near=is_near)
+        states = {key: State(state="new"), other: State(state="old")}
+        _, version = storage.set_many(bot, states)
+
+        with pytest.raises(VersionConflict, match="overwrite=True") as caught:
+            getattr(storage, name)(bot, key, other)
+        assert (caught.value.bot, caught.value.key, caught.value.actual_version) == (bot, other, version)
+        assert storage.get_many(bot, list(states)) == list(states.values())
+
+        assert getattr(storage, name)(bot, key, other, overwrite=True) is True
+        assert storage.get_state(bot, other) == State(state="new")
+
+    @pytest.mark.parametrize("name", ["copy", "rename"])
+    def test_where_there_is_no_record_none_gets_another_key(
+        self, storage: AnyStorage, bot: str, key: Any, name: str
+    ) -> None:
+        for is_near in (True, False):
+            other = other_key(storage, bot, key, is_near=is_near)
+            storage.set_state(bot, other, State(state="kept"))
+
+            assert getattr(storage, name)(bot, key, other, overwrite=True) is False
+            assert storage.get_state(bot, other) == State(state="kept")
+
+    @pytest.mark.parametrize("name", ["copy", "rename"])
+    def test_the_new_key_must_be_another(self, storage: AnyStorage, bot: str, key: Any, name: str) -> None:
+        storage.set_state(bot, key, State(state="kept"))
+
+        with pytest.raises(InvalidInput, match="another") as caught:
+            getattr(storage, name)(bot, key, tuple(key), overwrite=True)
+
+        assert (caught.value.bot, caught.value.key) == (bot, key)
+        assert storage.get_state(bot, key) == State(state="kept")
+
+    @pytest.mark.parametrize("is_near", [True, False])
+    @pytest.mark.parametrize("name", ["copy", "rename"])
+    def test_a_time_to_live_that_a_write_gave_goes_along(
+        self,
+        storage: AnyStorage,
+        bot: str,
+        key: Any,
+        is_near: bool,  # noqa: FBT001
+        name: str,
+    ) -> None:
+        other = other_key(storage, bot, key, is_near=is_near)
+        storage.set_state(bot, key, State(state="a"), ttl_s=3600)
+        before = storage.get_state(bot, key)
+
+        getattr(storage, name)(bot, key, other)
+
+        after = storage.get_state(bot, other)
+        assert before is not None
+        assert after is not None
+        assert before.expires_at is not None
+        assert after.expires_at is not None
+        assert after.expires_at - before.expires_at < datetime.timedelta(minutes=1)
+
+    @pytest.mark.parametrize("is_near", [True, False])
+    def test_no_write_is_lost_while_a_record_is_renamed(
+        self,
+        storage: AnyStorage,
+        bot: str,
+        key: Any,
+        is_near: bool,  # noqa: FBT001
+    ) -> None:
+        other = other_key(storage, bot, key, is_near=is_near)
+        storage.patch(bot, key, increment={"n": 1})
+        has_begun = threading.Barrier(5)
+
+        def patch(_: int) -> None:
+            has_begun.wait(_DEADLINE_S)
+            for _ in range(20):
+                storage.patch(bot, key, increment={"n": 1})
+
+        with ThreadPoolExecutor(4) as pool:
+            done = pool.map(patch, range(4))
+            has_begun.wait(_DEADLINE_S)
+            assert storage.rename(bot, key, other) is True
+            list(done)
+
+        counts = [
+            (data or {}).get("n", 0) for data in (storage.get_data(bot, key), storage.get_data(bot, other))
+        ]
+        assert sum(counts) == 81
+        assert counts[1] >= 1
 
     # Many at once
 
@@ -597,6 +1083,10 @@ class ClosedStorageContract:
             lambda: storage.clear("bot", 1),
             lambda: storage.get_many("bot", [1]),
             lambda: storage.set_many("bot", {1: State()}),
+            lambda: storage.patch("bot", 1),
+            lambda: storage.transaction("bot").__enter__(),
+            lambda: storage.copy("bot", 1, 2),
+            lambda: storage.rename("bot", 1, 2),
             storage.bots,
             lambda: storage.describe("bot"),
             lambda: storage.drop("bot"),
