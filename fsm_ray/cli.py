@@ -154,6 +154,15 @@ def bench(
     sizes: Annotated[
         str, typer.Option(help='Numbers of conversations to time operations at; "" skips the part.')
     ] = _listed(_BENCH.sizes),
+    turns: Annotated[
+        str, typer.Option(help='Numbers of tasks that handle whole updates; "" skips the part.')
+    ] = _listed(_BENCH.turn_tasks),
+    race: Annotated[
+        int, typer.Option(min=0, help="How often many update one conversation at once; 0 skips the part.")
+    ] = _BENCH.race_rounds,
+    scan: Annotated[
+        int, typer.Option(min=0, help="Conversations to count and to scan; 0 skips the part.")
+    ] = _BENCH.scan_conversations,
     recovery: Annotated[
         int, typer.Option(min=0, help="Conversations to bring back from a crash; 0 skips the part.")
     ] = _BENCH.recovery_conversations,
@@ -170,7 +179,7 @@ def bench(
     """Measure fsm_ray side by side with its peers, on this machine.
 
     Servers are real, started here, and stopped in the end. The tables show medians over the rounds.
-    Fails if a write was lost or applied twice when actors were killed.
+    Fails if fsm_ray lost a write, or applied one twice, in the race or when actors were killed.
     """
     report = benchmark.run(
         benchmark.BenchConfig(
@@ -182,13 +191,16 @@ def bench(
             shards=shards,
             memory_conversations=conversations,
             sizes=_numbers(sizes, "--sizes"),
+            turn_tasks=_numbers(turns, "--turns"),
+            race_rounds=race,
+            scan_conversations=scan,
             recovery_conversations=recovery,
             kills=kills,
             json_path=json_path,
             plot_path=plot_path,
         )
     )
-    if report.kills is not None and not report.kills.is_sound:
+    if not report.is_sound:
         raise typer.Exit(EXIT_FAILED)
 
 

@@ -26,13 +26,14 @@ from fsm_ray.bench import CONTENDERS, STORES, BenchConfig, disk, run
 from fsm_ray.bench.aiogram_peers import load_aiogram_records
 from fsm_ray.bench.aiogram_peers import make_key as make_storage_key
 from fsm_ray.bench.batching import Batcher, Data, Operation
-from fsm_ray.bench.contender import Contender, Surroundings
+from fsm_ray.bench.contender import Contender, Surroundings, WrongData
 from fsm_ray.bench.contenders import pick_contenders
 from fsm_ray.bench.echo import EchoClient
 from fsm_ray.bench.figures import Figure, percentile, ratio
 from fsm_ray.bench.kills import Writer, account
 from fsm_ray.bench.measure import latencies_ns, operations_per_s
 from fsm_ray.bench.plot import write_plot
+from fsm_ray.bench.race import race
 from fsm_ray.bench.report import print_report
 from fsm_ray.bench.results import (
     TARGETS,
@@ -41,15 +42,26 @@ from fsm_ray.bench.results import (
     Kills,
     Machine,
     Memory,
+    Race,
     Recovery,
     Report,
+    Scan,
     SizeCell,
     from_json,
     to_json,
 )
 from fsm_ray.bench.rounds import compare, describe_failure
 from fsm_ray.bench.session import surroundings
-from fsm_ray.bench.workload import CHANGED_FIELD, DATA, FIRST_USER, FLOW, STATE, make_workload, users_of_level
+from fsm_ray.bench.turns import AiogramRedisIsolated, FsmRayTurns, Handling, updates_per_s
+from fsm_ray.bench.workload import (
+    CHANGED_FIELD,
+    DATA,
+    FIRST_USER,
+    FLOW,
+    STATE,
+    make_workload,
+    users_of_level,
+)
 from fsm_ray.errors import ConfigurationError, NamespaceUnavailable, OutcomeUnknown
 from fsm_ray.protocol import READ_CONTENT
 
@@ -57,6 +69,15 @@ SECONDS = 0.02
 RAY_CONTENDERS = ("fsm-ray", "fsm-ray-blocking", "ray-call", "ray-call-blocking")
 DURABLE_CONTENDERS = tuple(f"fsm-ray-{store}" for store in STORES)
 KEEPING_PEERS = tuple(name for name in CONTENDERS if name not in (*RAY_CONTENDERS, "echo"))
+NO_MORE_PARTS: dict[str, Any] = {
+    "memory_conversations": 0,
+    "sizes": (),
+    "turn_tasks": (),
+    "race_rounds": 0,
+    "scan_conversations": 0,
+}
+"""Leaves the comparison alone."""
+
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -115,6 +136,9 @@ def test_contenders_are_picked_in_the_order_of_the_report() -> None:
         {"shards": 0},
         {"sizes": (-1,)},
         {"size_tasks": (0,)},
+        {"turn_tasks": (0,)},
+        {"race_rounds": -1},
+        {"scan_conversations": -1},
         {"memory_conversations": -1},
         {"recovery_conversations": -1},
         {"kills": -1},
@@ -261,7 +285,7 @@ def no_servers() -> Iterator[Surroundings]:
 
 def small_config(**changes: Any) -> BenchConfig:
     small: dict[str, Any] = {"tasks": (1, 2), "seconds": SECONDS, "rounds": 2}
-    return BenchConfig(**small | {"memory_conversations": 0, "sizes": ()} | changes)
+    return BenchConfig(**NO_MORE_PARTS | small | changes)
 
 
 def test_reads_and_updates_alternate(no_servers: Surroundings) -> None:
@@ -329,6 +353,75 @@ def test_failure_of_many_tasks_is_described_by_the_first() -> None:
 
     assert describe_failure(group) == "ValueError: a b"
     assert describe_failure(TypeError()) == "TypeError"
+
+
+# Whole updates
+
+
+class HandlingDict(Remembering, Handling[int]):
+    """Handles updates in a dict."""
+
+    name = "handling-dict"
+
+    async def handle(self, key: int) -> None:
+        data = self.records[key]
+        data["updates"] = data["age"] = data.get("updates", 0) + 1
+
+    async def state_of(self, key: int) -> str | None:
+        return ("get_email", "get_city", "get_phone")[self.records[key]["updates"] % 3]
+
+
+class Straying(HandlingDict):
+    """It keeps data, and leaves the circle of states."""
+
+    async def state_of(self, key: int) -> str | None:
+        return "get_name"
+
+
+class ForgettingData(HandlingDict):
+    """It goes from state to state, and keeps no data."""
+
+    async def get_data(self, key: int) -> Data:
+        return dict(DATA)
+
+
+def update_and_verify(contender: Handling[int]) -> int:
+    workload = make_workload(2, contender.make_key)
+    contender.load(users_of_level(2))
+
+    assert updates_per_s(contender, workload, SECONDS) > 0
+    return contender.verify(workload)
+
+
+def test_handled_updates_are_verified(no_servers: Surroundings) -> None:
+    assert update_and_verify(HandlingDict(no_servers)) > 0
+
+
+@pytest.mark.parametrize("kind", [Straying, ForgettingData])
+def test_a_wrong_state_is_found_and_lost_data_is(kind: type[HandlingDict], no_servers: Surroundings) -> None:
+    with pytest.raises(WrongData):
+        update_and_verify(kind(no_servers))
+
+
+# The race
+
+
+class Racing(Remembering):
+    """It reads, and writes later."""
+
+    name = "racing"
+
+    async def update_data(self, key: int, changes: Mapping[str, Any]) -> Data:
+        data = {**self.records[key], **changes}
+        await asyncio.sleep(0)
+        self.records[key] = data
+        return data
+
+
+def test_updates_that_overwrite_each_other_are_counted_as_lost(no_servers: Surroundings) -> None:
+    found = race((Remembering(no_servers), Racing(no_servers)), 3)
+
+    assert found == (Race("remembering", 96, 0), Race("racing", 96, 93))
 
 
 # Disk
@@ -592,6 +685,20 @@ def report() -> Report:
             Memory("aiogram-redis", "used", 1_000, 277.0),
         ),
         sizes=(SizeCell(1_000, 1, fast), SizeCell(1_000_000, 1, slow), SizeCell(1_000, 64, fast)),
+        turns=(
+            Cell("fsm-ray-turn", 1, fast, verified_keys=50),
+            Cell("aiogram-redis-isolated", 1, slow, verified_keys=50),
+            Cell("fsm-ray-turn", 64, fast, verified_keys=3_200),
+            Cell("aiogram-redis-isolated", 64, failure="MaxConnectionsError: Too many connections"),
+        ),
+        race=(Race("fsm-ray", 640, 0), Race("aiogram-redis", 640, 619)),
+        scan=Scan(
+            1_000_000,
+            count_ms=Figure((0.5, 0.7, 0.6)),
+            scan_s=Figure((10.0, 8.0, 12.0)),
+            alone_p99_us=Figure((1_000.0, 1_000.0, 1_100.0)),
+            beside_p99_us=Figure((1_500.0, 1_400.0, 1_900.0)),
+        ),
         disk=Disk("ext4", 1_234.5),
         recovery=(
             Recovery("rocksdb store is open and loaded", 1_000_000, Figure((2.0, 4.0))),
@@ -647,6 +754,30 @@ def test_report_shows_what_durable_stores_reached_and_what_was_wanted(report: Re
     assert not any(row[:1] == ["fsm-ray-postgres,"] for row in rows)
 
 
+def test_report_shows_turns_beside_what_is_wanted_of_them(report: Report) -> None:
+    rows = [line.split() for line in rendered(report).splitlines()]
+
+    assert ["fsm-ray-turn", "1", "20,000", "±", "5%"] in rows
+    assert ["aiogram-redis-isolated", "1", "4,000", "±", "5%", "5.00x", ">=", "5"] in rows
+    assert ["aiogram-redis-isolated", "64", "fails:", "MaxConnectionsError", "-", ">=", "30"] in rows
+
+
+def test_report_shows_what_the_race_lost(report: Report) -> None:
+    rows = [line.split() for line in rendered(report).splitlines()]
+
+    assert ["fsm-ray", "640", "0"] in rows
+    assert ["aiogram-redis", "640", "619"] in rows
+
+
+def test_report_shows_what_a_scan_costs_writers(report: Report) -> None:
+    text = rendered(report)
+    rows = [line.split() for line in text.splitlines()]
+
+    assert ["count", "by", "state,", "ms", "0.600", "0.700", "<", "5"] in rows
+    assert "scan, s (100,000 records/s)" in text
+    assert any(row[-5:] == ["1,500", "1,900", "1.50x", "<=", "2"] for row in rows)
+
+
 def test_report_shows_recovery_beside_the_peers(report: Report) -> None:
     rows = [line.split() for line in rendered(report).splitlines()]
 
@@ -663,7 +794,7 @@ def test_report_shows_what_became_of_the_writes(report: Report) -> None:
 
 
 def test_report_of_nothing_but_the_machine_renders(report: Report) -> None:
-    empty = dataclasses.replace(report, cells=(), memory=(), sizes=(), disk=None, recovery=(), kills=None)
+    empty = Report(report.config, report.machine, report.labels, cells=())
 
     assert "A CPU" in rendered(empty)
 
@@ -754,6 +885,36 @@ def test_contender_on_ray_holds_the_last_update_of_each_key(name: str, around: S
     check_it_holds_what_was_written(make_contender(name, around))
 
 
+def check_it_handles_updates_one_by_one(contender: Handling[Any], updates: int) -> None:
+    key = contender.make_key(FIRST_USER)
+
+    async def handle_at_once() -> tuple[str | None, dict[str, Any]]:
+        await asyncio.gather(*(contender.handle(key) for _ in range(updates)))
+        return await contender.state_of(key), await contender.get_data(key)
+
+    contender.open()
+    try:
+        contender.load([FIRST_USER])
+        state, data = contender.surroundings.run(handle_at_once())
+    finally:
+        contender.close()
+
+    assert state == ("get_email", "get_city", "get_phone")[updates % 3]
+    assert data == DATA | {"updates": updates, "age": updates}
+
+
+@pytest.mark.slow
+def test_updates_of_the_peer_at_one_conversation_wait_for_each_other(around: Surroundings) -> None:
+    check_it_handles_updates_one_by_one(AiogramRedisIsolated(around), 4)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_turns_at_one_conversation_wait_for_each_other(around: Surroundings) -> None:
+    check_it_handles_updates_one_by_one(FsmRayTurns(around), 100)
+
+
 @pytest.mark.slow
 def test_records_loaded_for_aiogram_are_those_that_aiogram_writes(around: Surroundings) -> None:
     key = make_storage_key(FIRST_USER)
@@ -809,6 +970,9 @@ def test_run_measures_all_parts_and_writes_json_and_plot(tmp_path: Path) -> None
         memory_conversations=2_000,
         sizes=(100, 1_000),
         size_tasks=(1, 4),
+        turn_tasks=(1, 4),
+        race_rounds=2,
+        scan_conversations=2_000,
         json_path=tmp_path / "bench.json",
         plot_path=tmp_path / "bench.png",
     )
@@ -824,6 +988,16 @@ def test_run_measures_all_parts_and_writes_json_and_plot(tmp_path: Path) -> None
         (100, 4),
         (1_000, 4),
     ]
+    assert [(cell.contender, cell.tasks, cell.failure) for cell in report.turns] == [
+        ("fsm-ray-turn", 1, None),
+        ("aiogram-redis-isolated", 1, None),
+        ("fsm-ray-turn", 4, None),
+        ("aiogram-redis-isolated", 4, None),
+    ]
+    assert report.race[0] == Race("fsm-ray", 64, 0)
+    assert report.scan is not None
+    assert len(report.scan.beside_p99_us.rounds) == 2
+    assert report.is_sound
     assert from_json((tmp_path / "bench.json").read_bytes()) == report
     assert (tmp_path / "bench.png").read_bytes().startswith(PNG_SIGNATURE)
     assert "memory per conversation" in text.getvalue()
@@ -833,14 +1007,11 @@ def test_run_measures_all_parts_and_writes_json_and_plot(tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_run_of_the_parts_about_durable_stores() -> None:
-    config = BenchConfig(
+    config = small_config(
         contenders=(),
         stores=("rocksdb",),
         tasks=(1,),
-        seconds=SECONDS,
         rounds=1,
-        memory_conversations=0,
-        sizes=(),
         recovery_conversations=300,
         kills=2,
     )
@@ -881,8 +1052,9 @@ def is_alive(pid: int) -> bool:
 def test_a_run_that_is_interrupted_leaves_no_server_and_no_directory(signal_number: signal.Signals) -> None:
     code = (
         "from fsm_ray.bench import BenchConfig\n"
+        f"parts = {NO_MORE_PARTS}\n"
         "from fsm_ray.bench.session import measure\n"
-        "config = BenchConfig(contenders=('hiredis', 'echo'), tasks=(1,), memory_conversations=0, sizes=())\n"
+        "config = BenchConfig(contenders=('hiredis', 'echo'), tasks=(1,), **parts)\n"
         "measure(config, lambda text: print(text, flush=True))\n"
     )
     with tempfile.TemporaryDirectory() as directory:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -18,7 +19,7 @@ import fsm_ray
 from fsm_ray import bench, cli
 from fsm_ray.bench import BenchConfig
 from fsm_ray.bench.figures import Figure
-from fsm_ray.bench.results import Kills, Machine, Report
+from fsm_ray.bench.results import Kills, Machine, Race, Report
 from fsm_ray.demo import crew as demo_crew
 from fsm_ray.demo.updates import generate_updates, write_updates
 from fsm_ray.errors import ConfigurationError, FsmRayError, NamespaceUnavailable, UnknownBot
@@ -104,15 +105,14 @@ class TestCommand:
         assert capsys.readouterr().err == "fsm-ray: it failed\n"
 
 
-def remember_configs(monkeypatch: pytest.MonkeyPatch, kills: Kills | None = None) -> list[BenchConfig]:
-    """Let the benchmark remember what it was to measure, and measure nothing."""
+def remember_configs(monkeypatch: pytest.MonkeyPatch, **found: Any) -> list[BenchConfig]:
+    """Let the benchmark remember what it was to measure, and report what was found."""
     configs: list[BenchConfig] = []
 
     def run(config: BenchConfig) -> Report:
         configs.append(config)
-        return Report(
-            config, Machine("A CPU", 2, "Linux", "CPython", {}, "now", 0.0, 0.0), {}, (), kills=kills
-        )
+        machine = Machine("A CPU", 2, "Linux", "CPython", {}, "now", 0.0, 0.0)
+        return Report(config, machine, {}, (), **found)
 
     monkeypatch.setattr(bench, "run", run)
     return configs
@@ -123,7 +123,7 @@ class TestBench:
         configs = remember_configs(monkeypatch)
         options = (
             "--contenders echo,fsm-ray --tasks 1,8 --seconds 0.5 --rounds 2 --shards 3 --conversations 0"
-            " --store redis,rocksdb --recovery 1000 --kills 100"
+            " --store redis,rocksdb --turns 1,2 --race 3 --scan 4 --recovery 1000 --kills 100"
         )
         code = run_here(
             monkeypatch,
@@ -143,6 +143,9 @@ class TestBench:
                 shards=3,
                 memory_conversations=0,
                 sizes=(),
+                turn_tasks=(1, 2),
+                race_rounds=3,
+                scan_conversations=4,
                 recovery_conversations=1_000,
                 kills=100,
                 json_path=tmp_path / "a.json",
@@ -170,14 +173,25 @@ class TestBench:
     ) -> None:
         figure = Figure((1.0,))
         kills = Kills(figure, figure, figure, 1, 0, lost, applied_twice)
-        remember_configs(monkeypatch, kills)
+        remember_configs(monkeypatch, kills=kills)
 
         assert run_here(monkeypatch, "bench", "--kills", "1") == code
+
+    @pytest.mark.parametrize(("contender", "code"), [("fsm-ray", 1), ("aiogram-redis", 0)])
+    def test_an_update_of_ours_that_the_race_lost_is_a_failure(
+        self, contender: str, code: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        remember_configs(monkeypatch, race=(Race(contender, 640, 1),))
+
+        assert run_here(monkeypatch, "bench") == code
 
     @pytest.mark.parametrize(
         "arguments",
         [
             ("--tasks", "many"),
+            ("--turns", "0"),
+            ("--race", "-1"),
+            ("--scan", "-1"),
             ("--contenders", "nobody"),
             ("--store", "memcached"),
             ("--rounds", "0"),

@@ -55,6 +55,12 @@ class BenchConfig:
     """Numbers of conversations for which an operation of fsm_ray is timed; none skips the part."""
     size_tasks: tuple[int, ...] = (1, 64)
     """Numbers of concurrent tasks in the part about sizes."""
+    turn_tasks: tuple[int, ...] = (1, 64)
+    """Numbers of concurrent tasks that handle whole updates; none skips the part."""
+    race_rounds: int = 20
+    """How often many update one conversation at once; 0 skips the part."""
+    scan_conversations: int = 1_000_000
+    """Conversations that are counted and scanned; 0 skips the part."""
     recovery_conversations: int = 0
     """Conversations that a bot has which is brought back after a crash; 0 skips the part."""
     kills: int = 0
@@ -72,17 +78,32 @@ class BenchConfig:
         """
         _check_known("contender", self.contenders, CONTENDERS)
         _check_known("store", self.stores, STORES)
-        positive = (*self.tasks, self.seconds, self.rounds, self.shards, *self.sizes, *self.size_tasks)
+        tasks = (*self.tasks, *self.size_tasks, *self.turn_tasks)
+        positive = (*tasks, self.seconds, self.rounds, self.shards, *self.sizes)
         if any(number <= 0 for number in positive):
             raise ConfigurationError("tasks, seconds, rounds, shards and sizes must be above 0")
-        if min(self.memory_conversations, self.recovery_conversations, self.kills) < 0:
-            raise ConfigurationError("conversations and kills must not be below 0")
+        conversations = self.memory_conversations, self.scan_conversations, self.recovery_conversations
+        if min(*conversations, self.race_rounds, self.kills) < 0:
+            raise ConfigurationError("conversations, races and kills must not be below 0")
 
     @property
     def all_contenders(self) -> tuple[str, ...]:
         """The contenders, and those that the stores add."""
         durable = (*(f"fsm-ray-{store}" for store in self.stores), SYNCED_PEER) if self.stores else ()
         return (*self.contenders, *durable)
+
+    @property
+    def has_more_parts(self) -> bool:
+        """Whether anything is measured beside the comparison; all of it is about fsm_ray."""
+        return bool(
+            self.memory_conversations
+            or self.sizes
+            or self.turn_tasks
+            or self.race_rounds
+            or self.scan_conversations
+            or self.recovery_conversations
+            or self.kills
+        )
 
     @property
     def uses_disk(self) -> bool:

@@ -42,7 +42,7 @@ def operations_per_s(contender: Contender[K], workload: Workload[K], seconds: fl
         operations = _count_blocking(contender, workload, deadline)
     else:
         tasks = [_count(contender, workload, share, deadline) for share in workload.shares]
-        operations = sum(contender.surroundings.run(_together(tasks, seconds)))
+        operations = sum(contender.surroundings.run(together(tasks, seconds)))
     return operations / (perf_counter() - started)
 
 
@@ -52,10 +52,16 @@ def latencies_ns(contender: Contender[K], workload: Workload[K], seconds: float)
     if contender.blocking:
         return _time_blocking(contender, workload, deadline)
     tasks = [_time(contender, workload, share, deadline) for share in workload.shares]
-    return [sample for samples in contender.surroundings.run(_together(tasks, seconds)) for sample in samples]
+    return [sample for samples in contender.surroundings.run(together(tasks, seconds)) for sample in samples]
 
 
-async def _together(coroutines: list[Coroutine[Any, Any, T]], seconds: float) -> list[T]:
+async def together(coroutines: list[Coroutine[Any, Any, T]], seconds: float) -> list[T]:
+    """What the tasks return, which are to end after so many seconds.
+
+    Raises:
+        ExceptionGroup: some failed; all have ended.
+        TimeoutError: they hang.
+    """
     async with asyncio.timeout(seconds + _GRACE_S), asyncio.TaskGroup() as group:
         tasks = [group.create_task(coroutine) for coroutine in coroutines]
     return [task.result() for task in tasks]

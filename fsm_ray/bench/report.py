@@ -10,7 +10,20 @@ from rich.table import Table
 from rich.text import Text
 
 from fsm_ray.bench.figures import Figure, ratio
-from fsm_ray.bench.results import OURS, TARGETS, Cell, Kills, Recovery, Report
+from fsm_ray.bench.results import (
+    COUNT_TARGET_MS,
+    OURS,
+    SLOWDOWN_TARGET,
+    TARGETS,
+    TURN_TARGETS,
+    TURNS,
+    Cell,
+    Kills,
+    Race,
+    Recovery,
+    Report,
+    Scan,
+)
 
 _NOT_APPLICABLE = "-"
 _ROUNDED_FROM = 10
@@ -34,6 +47,12 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         yield _memory_table(report)
     if report.sizes:
         yield _sizes_table(report)
+    if report.turns:
+        yield _turns_table(report)
+    if report.race:
+        yield _race_table(report.race)
+    if report.scan:
+        yield _scan_table(report.scan)
     if report.recovery:
         yield _recovery_table(report.recovery)
     if report.kills:
@@ -59,18 +78,24 @@ def _comparison(report: Report, tasks: int) -> RenderableType:
     table = _table(f"{tasks} concurrent {'task' if tasks == 1 else 'tasks'}", "contender")
     _add_numbers(table, "operations/s", "p50 µs", "p99 µs", "fsm-ray is")
     for name in report.labels:
-        table.add_row(name, *_row(report, report.cell(name, tasks)), style="bold" if name == OURS else None)
+        table.add_row(name, *_row(report, report.cell(name, tasks)), style=_style(name == OURS))
     failed = [cell for cell in report.cells if cell.tasks == tasks and cell.failure is not None]
-    return Group(table, *(Text(f"{cell.contender} fails: {cell.failure}", "red") for cell in failed))
+    return Group(table, *map(_failure, failed))
+
+
+def _failure(cell: Cell) -> Text:
+    return Text(f"{cell.contender} fails: {cell.failure}", "red")
+
+
+def _style(is_ours: bool) -> str | None:  # noqa: FBT001 - what it asks
+    return "bold" if is_ours else None
 
 
 def _row(report: Report, cell: Cell | None) -> tuple[str, ...]:
     if cell is None:
         return (_NOT_APPLICABLE,) * 4
-    if cell.failure is not None:
-        return (f"fails: {cell.failure.partition(':')[0]}", *(_NOT_APPLICABLE,) * 3)
     return (
-        _rate(cell.operations_per_s),
+        _rate_of(cell),
         _number(cell.p50_us),
         _number(cell.p99_us),
         _times(report.times_faster(cell)),
@@ -100,16 +125,16 @@ def _recovery_table(recovery: Sequence[Recovery]) -> Table:
     _add_numbers(table, "seconds", "worst", "the first takes", "wanted")
     for each in recovery:
         compared = (_times(ratio(ours.seconds, each.seconds)), "<= 1") if each.is_peer else ("", "")
-        table.add_row(each.way, *_seconds(each.seconds), *compared)
+        table.add_row(each.way, *_three_digits(each.seconds), *compared)
     return table
 
 
 def _kills_table(kills: Kills) -> RenderableType:
     table = _table(f"{len(kills.answered_s.rounds)} times kill -9 in mid-write, rocksdb store", "until")
     _add_numbers(table, "seconds", "worst")
-    table.add_row("a read is answered", *_seconds(kills.answered_s))
-    table.add_row("of it: the store is opened and loaded", *_seconds(kills.recovery_s))
-    table.add_row("a bare Ray actor answers", *_seconds(kills.bare_s))
+    table.add_row("a read is answered", *_three_digits(kills.answered_s))
+    table.add_row("of it: the store is opened and loaded", *_three_digits(kills.recovery_s))
+    table.add_row("a bare Ray actor answers", *_three_digits(kills.bare_s))
     return Group(
         table,
         Text(f"without the recovery {kills.restart_ratio:.2f}x the bare actor's; wanted: at most 1.3x"),
@@ -144,6 +169,45 @@ def _sizes_table(report: Report) -> Table:
     return table
 
 
+def _turns_table(report: Report) -> RenderableType:
+    table = _table("whole updates", "contender")
+    _add_numbers(table, "tasks", "updates/s", "a turn is", "wanted")
+    for cell in report.turns:
+        if is_ours := cell.contender == TURNS:
+            compared = ("", "")
+        else:
+            compared = (_times(report.times_faster(cell, TURNS)), _wanted_turns(cell.tasks))
+        table.add_row(cell.contender, f"{cell.tasks}", _rate_of(cell), *compared, style=_style(is_ours))
+    what = Text("an update: lock, load, two writes of data, a transition, commit, unlock")
+    return Group(table, what, *(_failure(cell) for cell in report.turns if cell.failure is not None))
+
+
+def _wanted_turns(tasks: int) -> str:
+    return f">= {TURN_TARGETS[tasks]:g}" if tasks in TURN_TARGETS else ""
+
+
+def _race_table(race: Sequence[Race]) -> Table:
+    table = _table("race for one conversation", "contender")
+    _add_numbers(table, "updates", "lost")
+    for each in race:
+        is_unsound = each.contender == OURS and each.lost
+        table.add_row(
+            each.contender, f"{each.updates:,}", f"{each.lost:,}", style="red" if is_unsound else None
+        )
+    return table
+
+
+def _scan_table(scan: Scan) -> Table:
+    table = _table(f"fsm-ray with {scan.conversations:,} conversations, one shard", "")
+    _add_numbers(table, "median", "worst", "ratio", "wanted")
+    table.add_row("count by state, ms", *_three_digits(scan.count_ms), "", f"< {COUNT_TARGET_MS:g}")
+    table.add_row(f"scan, s ({scan.records_per_s:,.0f} records/s)", *_three_digits(scan.scan_s))
+    table.add_row("p99 of a write, 16 tasks, µs", *_whole(scan.alone_p99_us))
+    slower = (_times(scan.slowdown), f"<= {SLOWDOWN_TARGET:g}")
+    table.add_row("the same while a scan goes on, µs", *_whole(scan.beside_p99_us), *slower)
+    return table
+
+
 def _table(title: str, *text_columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, padding=(0, 0, 0, 1))
     for heading in text_columns:
@@ -160,8 +224,18 @@ def _number(figure: Figure | None) -> str:
     return _NOT_APPLICABLE if figure is None else f"{figure.median:,.0f}"
 
 
-def _seconds(figure: Figure) -> tuple[str, str]:
+def _three_digits(figure: Figure) -> tuple[str, str]:
     return f"{figure.median:.3f}", f"{max(figure.rounds):.3f}"
+
+
+def _whole(figure: Figure) -> tuple[str, str]:
+    return f"{figure.median:,.0f}", f"{max(figure.rounds):,.0f}"
+
+
+def _rate_of(cell: Cell) -> str:
+    return (
+        _rate(cell.operations_per_s) if cell.failure is None else f"fails: {cell.failure.partition(':')[0]}"
+    )
 
 
 def _rate(figure: Figure | None) -> str:

@@ -12,6 +12,9 @@ from fsm_ray.bench.figures import Figure, ratio
 OURS = "fsm-ray"
 """The contender that every other is compared with."""
 
+TURNS = "fsm-ray-turn"
+"""The one that every other is compared with at whole updates."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -65,6 +68,42 @@ class SizeCell:
     def us_per_operation(self) -> float:
         """Time per operation of the whole worker, in microseconds; `tasks` of them are under way at once."""
         return 1e6 / self.operations_per_s.median
+
+
+@dataclass(frozen=True)
+class Race:
+    """What became of updates that were made to one conversation at once."""
+
+    contender: str
+    updates: int
+    """Updates that were acknowledged, each of a field of its own."""
+    lost: int
+    """Those whose field was not there in the end."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A bot's many conversations counted and scanned, and what a scan costs those who write meanwhile."""
+
+    conversations: int
+    count_ms: Figure
+    """Counting them by state; medians."""
+    scan_s: Figure
+    """One scan of all, in a process of its own, beside the writers."""
+    alone_p99_us: Figure
+    """A write without a scan."""
+    beside_p99_us: Figure
+    """A write while the scan went on."""
+
+    @property
+    def records_per_s(self) -> float:
+        """How many conversations a scan returns a second."""
+        return self.conversations / self.scan_s.median
+
+    @property
+    def slowdown(self) -> float | None:
+        """The p99 of a write beside a scan, as a multiple of that without."""
+        return ratio(self.beside_p99_us, self.alone_p99_us)
 
 
 @dataclass(frozen=True)
@@ -139,6 +178,15 @@ TARGETS = (
     Target("fsm-ray-postgres", 256, "aiogram-redis-synced", 16, 2.0),
 )
 
+TURN_TARGETS = {1: 5.0, 64: 30.0}
+"""Number of tasks -> how many whole updates a turn shall do for one of the peer."""
+
+COUNT_TARGET_MS = 5.0
+"""How long counting by state may take."""
+
+SLOWDOWN_TARGET = 2.0
+"""What a scan may multiply the p99 of a write by."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -151,17 +199,28 @@ class Report:
     cells: tuple[Cell, ...]
     memory: tuple[Memory, ...] = ()
     sizes: tuple[SizeCell, ...] = ()
+    turns: tuple[Cell, ...] = ()
+    """The comparison of whole updates: each is an operation."""
+    race: tuple[Race, ...] = ()
+    scan: Scan | None = None
     disk: Disk | None = None
     recovery: tuple[Recovery, ...] = ()
     kills: Kills | None = None
 
     def cell(self, contender: str, tasks: int) -> Cell | None:
         """The contender's cell at this number of tasks; `None` where it does not apply."""
-        return next((c for c in self.cells if (c.contender, c.tasks) == (contender, tasks)), None)
+        cells = (*self.cells, *self.turns)
+        return next((c for c in cells if (c.contender, c.tasks) == (contender, tasks)), None)
 
-    def times_faster(self, cell: Cell) -> float | None:
+    @property
+    def is_sound(self) -> bool:
+        """Whether fsm_ray lost no write, and applied none twice."""
+        lost = sum(race.lost for race in self.race if race.contender == OURS)
+        return not lost and (self.kills is None or self.kills.is_sound)
+
+    def times_faster(self, cell: Cell, ours: str = OURS) -> float | None:
         """How many operations fsm_ray does for one of the cell's; `None` where either has no figure."""
-        return ratio(self._rate(OURS, cell.tasks), cell.operations_per_s)
+        return ratio(self._rate(ours, cell.tasks), cell.operations_per_s)
 
     def reached(self, target: Target) -> float | None:
         """What the contender does for one operation of the peer; `None` where either has no figure."""

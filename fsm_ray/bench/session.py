@@ -23,12 +23,15 @@ from fsm_ray.bench.kills import time_kills
 from fsm_ray.bench.machine import load_average, look_at_machine
 from fsm_ray.bench.memory import weigh_conversations
 from fsm_ray.bench.plot import write_plot
+from fsm_ray.bench.race import hold_races
 from fsm_ray.bench.recovery import time_recovery
 from fsm_ray.bench.report import print_report
 from fsm_ray.bench.results import Report, to_json
 from fsm_ray.bench.rounds import Progress, compare
+from fsm_ray.bench.scan import time_scan
 from fsm_ray.bench.servers import ValkeyServer, echo_process, temporary_directory
 from fsm_ray.bench.sizes import time_sizes
+from fsm_ray.bench.turns import time_turns
 
 _LOCAL_RAY_CPUS = 2
 
@@ -50,9 +53,7 @@ def measure(config: BenchConfig, progress: Progress) -> Report:
     """Measure everything that config asks for."""
     kinds = pick_contenders(config.all_contenders)
     started_at, load_before = datetime.now(UTC), load_average()
-    needs_ray = any(kind.needs_ray for kind in kinds) or any(
-        (config.memory_conversations, config.sizes, config.recovery_conversations, config.kills)
-    )
+    needs_ray = any(kind.needs_ray for kind in kinds) or config.has_more_parts
     with _sigterm_as_interrupt(), surroundings(shards=config.shards) as around, ray_running(needed=needs_ray):
         disk = look_at_disk() if config.uses_disk else None
         cells = compare([kind(around) for kind in kinds], config, progress)
@@ -61,6 +62,10 @@ def measure(config: BenchConfig, progress: Progress) -> Report:
             weigh_conversations(around, config.memory_conversations) if config.memory_conversations else ()
         )
         sizes = time_sizes(around, config, progress) if config.sizes else ()
+        turns = time_turns(around, config, progress) if config.turn_tasks else ()
+        progress("racing")
+        race = hold_races(around, config.race_rounds) if config.race_rounds else ()
+        scan = time_scan(around, config, progress) if config.scan_conversations else None
         recovery = time_recovery(around, config, progress) if config.recovery_conversations else ()
         kills = time_kills(around, config.kills, progress) if config.kills else None
     return Report(
@@ -70,6 +75,9 @@ def measure(config: BenchConfig, progress: Progress) -> Report:
         cells=cells,
         memory=memory,
         sizes=sizes,
+        turns=turns,
+        race=race,
+        scan=scan,
         disk=disk,
         recovery=recovery,
         kills=kills,
