@@ -29,6 +29,25 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+SLOWEST_FIRST = (
+    "test_cli.py",
+    "test_demo.py",
+    "test_cluster.py",
+    "test_bench.py",
+    "test_contract.py",
+    "test_across.py",
+    "test_turns.py",
+    "test_chaos.py",
+    "test_durable.py",
+)
+"""Files that take the longest: begun late, they would keep one worker busy while the others have none."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(SLOWEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
 @dataclass(frozen=True)
 class RayCluster:
     """The session's Ray. This process is attached to its first node."""

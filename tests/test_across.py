@@ -105,14 +105,23 @@ def other(cluster: object) -> Iterator[Storage]:
         yield storage
 
 
-@pytest.fixture(scope="module", params=[1, SHARDS], ids=["one-shard", "three-shards"])
-def filled(request: pytest.FixtureRequest, other: Storage) -> Iterator[str]:
-    """A bot with these conversations, which no test changes."""
-    name = f"across-{request.param}"
-    other.init(name, shards=request.param)
-    other.set_many(name, CONTENT)
-    yield name
-    other.drop(name)
+@pytest.fixture(scope="module")
+def filled_bots(other: Storage) -> Iterator[dict[int, str]]:
+    """Bots of so many shards with these conversations, which no test changes."""
+    names = {shards: f"across-{shards}" for shards in (1, SHARDS)}
+    for shards, name in names.items():
+        other.init(name, shards=shards)
+        other.set_many(name, CONTENT)
+    yield names
+    for name in names.values():
+        other.drop(name)
+
+
+@pytest.fixture
+def filled(request: pytest.FixtureRequest, filled_bots: dict[int, str]) -> str:
+    """One of these: each facade, and each transport, meets both kinds."""
+    kind = request.node.callspec.params.get("storage") if hasattr(request.node, "callspec") else None
+    return filled_bots[1 if kind in {"blocking-socket", "async-ray-call"} else SHARDS]
 
 
 def going_through(storage: AnyStorage, bot: str, **wanted: Any) -> Generator[Conversation, None, None]:
@@ -713,7 +722,7 @@ async def test_a_watch_says_that_it_missed_what_was_written_while_its_shard_was_
         with pytest.raises(ChangesMissed) as caught:
             await take(changes, 1)
 
-    found = [each async for each in watcher.scan(bot_name)]
+    found = [(each.key, each.state) async for each in watcher.scan(bot_name)]
     other.set_state(bot_name, key, State(state="after"))
     (after,) = await told(watcher, bot_name, 1, since=caught.value.position)
 

@@ -1,4 +1,4 @@
-"""The storage contract, over both facades and both transports."""
+"""The storage contract, over both facades and both transports, and bots of one and of three shards."""
 
 from __future__ import annotations
 
@@ -33,14 +33,20 @@ def made(request: pytest.FixtureRequest, cluster: object) -> Iterator[AnyStorage
         blocking.stop()
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=["one-shard", "three-shards"])
-def bot_of_all_tests(request: pytest.FixtureRequest, cluster: object) -> Iterator[str]:
-    """One bot for all tests of the contract: an actor takes half a second to come up."""
-    name = f"contract-{request.param}"
+SHARDS = {"blocking-socket": 1, "blocking-ray-call": 3, "async-socket": 3, "async-ray-call": 1}
+"""Each facade, and each transport, meets both kinds of bots."""
+
+
+@pytest.fixture(scope="module")
+def bots_of_all_tests(cluster: object) -> Iterator[dict[int, str]]:
+    """Bots of so many shards for all tests of the contract: an actor takes half a second to come up."""
+    names = {shards: f"contract-{shards}" for shards in SHARDS.values()}
     with Storage() as storage:
-        storage.init(name, shards=request.param)
-        yield name
-        storage.drop(name)
+        for shards, name in names.items():
+            storage.init(name, shards=shards)
+        yield names
+        for name in names.values():
+            storage.drop(name)
 
 
 class TestContract(StorageContract):
@@ -49,8 +55,8 @@ class TestContract(StorageContract):
         return made
 
     @pytest.fixture
-    def bot(self, bot_of_all_tests: str) -> str:
-        return bot_of_all_tests
+    def bot(self, request: pytest.FixtureRequest, bots_of_all_tests: dict[int, str]) -> str:
+        return bots_of_all_tests[SHARDS[request.node.callspec.params["made"]]]
 
 
 class TestClosed(ClosedStorageContract):

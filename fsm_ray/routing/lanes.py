@@ -138,6 +138,11 @@ class Lane:
         return bool(self._operations or self._under_way)
 
     @property
+    def oldest_request(self) -> int | None:
+        """The number of the oldest request without an answer, None if there is none."""
+        return self._under_way[0].session.number if self._under_way else None
+
+    @property
     def request_under_way(self) -> tuple[int, int]:
         """The number of the oldest request without an answer, and how many operations it has."""
         request = self._under_way[0]

@@ -36,9 +36,6 @@ from fsm_ray.routing.turns import LoopTurns
 
 logger = logging.getLogger(__name__)
 
-_SHORT_S = 1.0
-"""A connection that does not last so long was no use."""
-
 
 class RayCallConnection:
     """Carries frames as arguments of Ray calls, where no socket leads to the shard."""
@@ -108,9 +105,9 @@ class Shard:
         self._connecting: asyncio.Task[None] | None = None
         self._timeout_s = timeout_s
         self._trouble = "it could not be reached"
-        self._connected_at = 0.0
-        self._short_lived = 0
-        """Connections, one after another, that were lost as soon as they were made."""
+        self._useless = 0
+        """Connections, one after another, that were lost before the oldest requests were answered."""
+        self._oldest_requests: list[int | None] = []
         self.lanes = [
             Lane(
                 kind,
@@ -153,9 +150,9 @@ class Shard:
     async def _keep_trying(self) -> None:
         try:
             attempt = 0
-            if self._short_lived > 1:
+            if self._useless > 1:
                 # A request that the shard cannot bear, say, is not to keep it busy.
-                await asyncio.sleep(retry_delay_s(self._short_lived))
+                await asyncio.sleep(retry_delay_s(self._useless))
             while self._has_work():
                 try:
                     self._connection = await self._open(is_first=attempt == 0)
@@ -166,11 +163,11 @@ class Shard:
                     attempt += 1
                 else:
                     self._trouble = "it is connected and silent"
-                    self._connected_at = self._loop.time()
                     for lane in self.lanes:
                         lane.connected(self._connection)
                     self.asking.connected(self._connection)
                     self.turns.connected()
+                    self._oldest_requests = [lane.oldest_request for lane in self.lanes]
                     return
         except FsmRayError as error:
             # Such as a bot that was dropped: trying again will not help.
@@ -228,8 +225,10 @@ class Shard:
 
     def _on_lost(self) -> None:
         self._connection = None
-        is_short = self._loop.time() - self._connected_at < _SHORT_S
-        self._short_lived = self._short_lived + 1 if is_short else 0
+        is_useless = self._has_work() and self._oldest_requests == [
+            lane.oldest_request for lane in self.lanes
+        ]
+        self._useless = self._useless + 1 if is_useless else 0
         for lane in self.lanes:
             lane.disconnected()
         self.asking.disconnected()
