@@ -351,8 +351,9 @@ class Storage(_Facade):
         Entering waits, first come first served, until no other turn has the conversation anywhere in the
         cluster, and gives a `Turn`: its `flow`, `state` and `data` may be changed in any way. Leaving stores
         them in one write, if anything changed; an exception stores nothing. The conversation is free again at
-        once when the process that holds it dies. Writes outside of turns do not wait for one; a turn that was
-        overtaken by such a write is refused. The block is left in the thread that called this.
+        once when the process that holds it dies; where its operations travel by Ray calls, 30 s later. Writes
+        outside of turns do not wait for one. A turn that was overtaken by such a write, also by one that was
+        on its way to the store as the turn began, is refused. The block is left in the thread that called.
 
         Args:
             bot_name: the bot.

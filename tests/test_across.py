@@ -44,9 +44,6 @@ pytestmark = pytest.mark.ray
 
 SHARDS = 3
 
-both_facades = pytest.mark.parametrize("storage", ["blocking-socket", "async-ray-call"], indirect=True)
-"""For tests that make a bot each time, where two of the four combinations show as much as all."""
-
 
 class Size(Enum):
     SMALL = "small"
@@ -85,7 +82,7 @@ def place_of(key: Any) -> tuple[int, bytes]:
 IN_ORDER = sorted(CONTENT, key=place_of)
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(scope="module", params=["blocking-socket", "async-ray-call"])
 def storage(request: pytest.FixtureRequest, cluster: object) -> Iterator[AnyStorage]:
     facade, transport = KINDS[request.param]
     made = facade(transport=transport, timeout_s=DEADLINE_S)
@@ -119,9 +116,10 @@ def filled_bots(other: Storage) -> Iterator[dict[int, str]]:
 
 @pytest.fixture
 def filled(request: pytest.FixtureRequest, filled_bots: dict[int, str]) -> str:
-    """One of these: each facade, and each transport, meets both kinds."""
+    """One of these; that of so many shards if a test asks for it, else each facade meets its kind."""
+    asked: int | None = getattr(request, "param", None)
     kind = request.node.callspec.params.get("storage") if hasattr(request.node, "callspec") else None
-    return filled_bots[1 if kind in {"blocking-socket", "async-ray-call"} else SHARDS]
+    return filled_bots[asked or (1 if kind == "async-ray-call" else SHARDS)]
 
 
 def going_through(storage: AnyStorage, bot: str, **wanted: Any) -> Generator[Conversation, None, None]:
@@ -230,7 +228,6 @@ def test_a_scan_that_is_left_leaves_nothing_at_the_shards(
     assert keys_of(storage, filled) == IN_ORDER
 
 
-@both_facades
 def test_a_scan_of_an_empty_bot_finds_nothing(storage: AnyStorage, other: Storage, bot_name: str) -> None:
     other.init(bot_name, shards=SHARDS)
 
@@ -255,7 +252,6 @@ def test_what_no_scan_can_go_by_is_refused(
         keys_of(storage, filled, **wanted)
 
 
-@both_facades
 def test_a_scan_tells_when_conversations_expire(storage: AnyStorage, other: Storage, bot_name: str) -> None:
     other.init(bot_name, ttl_s=1_000.0)
     other.set_state(bot_name, 1, State(state="a"))
@@ -271,7 +267,6 @@ def test_a_scan_tells_when_conversations_expire(storage: AnyStorage, other: Stor
     assert abs(found[1].timestamp() - time.time() - 1_000) < DEADLINE_S
 
 
-@both_facades
 def test_a_scan_shows_what_there_was_as_it_began(storage: AnyStorage, other: Storage, bot_name: str) -> None:
     other.init(bot_name)
     other.set_many(bot_name, CONTENT)
@@ -290,7 +285,6 @@ def test_a_scan_shows_what_there_was_as_it_began(storage: AnyStorage, other: Sto
     assert {each.key: each.state for each in found} == CONTENT
 
 
-@both_facades
 @pytest.mark.parametrize("store", ["memory", "rocksdb"])
 def test_scans_under_concurrent_writes_miss_and_repeat_nothing(
     storage: AnyStorage, other: Storage, bot_name: str, store: str, tmp_path: Path
@@ -323,7 +317,6 @@ def test_scans_under_concurrent_writes_miss_and_repeat_nothing(
         writer.result()
 
 
-@both_facades
 def test_a_value_whose_class_is_missing_fails_when_it_is_come_to(
     storage: AnyStorage, other: Storage, bot_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,7 +406,6 @@ def test_conversations_are_not_counted_by_anything_else(storage: AnyStorage, fil
         storage.count(filled, by=by)
 
 
-@both_facades
 def test_of_an_empty_bot_counts_are_nothing(storage: AnyStorage, other: Storage, bot_name: str) -> None:
     other.init(bot_name, shards=2)
     other.set_state(bot_name, 1, State(flow="f"))
@@ -423,7 +415,6 @@ def test_of_an_empty_bot_counts_are_nothing(storage: AnyStorage, other: Storage,
     assert storage.count(bot_name, by="flow") == storage.count(bot_name, by="state") == {}
 
 
-@both_facades
 def test_counts_equal_what_a_scan_finds_after_any_writes(
     storage: AnyStorage, other: Storage, bot_name: str
 ) -> None:
@@ -845,7 +836,6 @@ async def test_who_replays_all_changes_has_what_a_scan_finds(
 # Describe
 
 
-@both_facades
 def test_a_description_tells_what_there_is_and_what_was_done(
     storage: AnyStorage, other: Storage, bot_name: str
 ) -> None:

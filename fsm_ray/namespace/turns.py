@@ -77,8 +77,8 @@ class Turns:
         turn = (operation.turn_session, operation.turn)
         if not self.leases.has(turn, operation.key):
             raise TurnLost(
-                "the turn lost its conversation: the actor was restarted, or the worker was silent for too "
-                "long. Nothing was changed: handle the update again"
+                "the turn lost its conversation: the actor was restarted, its connection broke or its worker "
+                "was silent for too long. Nothing was changed: handle the update again"
             )
         return turn
 
