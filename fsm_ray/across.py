@@ -30,13 +30,13 @@ from fsm_ray.errors import (
     Overloaded,
     ValueNotDecodable,
 )
-from fsm_ray.protocol import COUNT, SCAN, WATCH, ChangeView, Counted, Found, RecordView, good
+from fsm_ray.protocol import COUNT, SCAN, WATCH, ChangeView, Counted, Found, RecordView, good, state_of
 from fsm_ray.record import Front
 from fsm_ray.routing.asking import Asking
 from fsm_ray.routing.blocking import BlockingBot
 from fsm_ray.routing.directory import retry_delay_s
 from fsm_ray.routing.loop import LoopBot
-from fsm_ray.state import State, state_of
+from fsm_ray.state import State
 
 Position = tuple[int, ...]
 """How far a watch has come: the version of each shard."""

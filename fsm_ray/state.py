@@ -6,15 +6,9 @@ A value, not a handle: changing a State changes nothing that is stored.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-_LAST_MS = 253_402_300_799_999
-"""The last moment that a datetime can tell; what lives longer lives for ever."""
 
 
 class State(BaseModel):
@@ -48,30 +42,3 @@ class State(BaseModel):
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         return (each for each in super().__repr_args__() if each != ("expires_at", None))
-
-
-class StoredContent(Protocol):
-    """What `state_of` needs of `protocol.ContentView`."""
-
-    data: dict[str, Any]
-    version: int
-    deadline_ms: int
-
-
-class StoredRecord(Protocol):
-    """What `state_of` needs of `protocol.RecordView`."""
-
-    flow: str | None
-    state: str | None
-
-    @property
-    def content(self) -> StoredContent: ...
-
-
-def state_of(record: StoredRecord) -> State:
-    """The record as users read it."""
-    content = record.content
-    state = State(flow=record.flow, state=record.state, data=content.data, version=content.version)
-    if content.deadline_ms <= _LAST_MS:
-        state.expires_at = _EPOCH + timedelta(milliseconds=content.deadline_ms)
-    return state

@@ -20,14 +20,14 @@ from fsm_ray.across import By, Change, Conversation, Position
 from fsm_ray.errors import InvalidInput, StorageClosed
 from fsm_ray.flows import Flow, FlowRules, Policy
 from fsm_ray.options import BotOptions, check_bot_name, make_options
-from fsm_ray.protocol import ContentView, RecordView
+from fsm_ray.protocol import ContentView, RecordView, state_of
 from fsm_ray.routing.blocking import BlockingBot
 from fsm_ray.routing.copying import Immediate, copy, rename, run
 from fsm_ray.routing.directory import BotDescription, Directory
 from fsm_ray.routing.loop import LoopBot
 from fsm_ray.routing.pulse import Pulse
 from fsm_ray.routing.route import Addressed, Route
-from fsm_ray.state import State, state_of
+from fsm_ray.state import State
 from fsm_ray.transaction import AsyncTransaction, Transaction
 from fsm_ray.turn import AsyncLock, AsyncTurn, BlockingLock, BlockingTurn
 
@@ -682,12 +682,12 @@ class AsyncStorage(_Facade):
 
     async def get_many(self, bot_name: str, keys: Iterable[Hashable]) -> list[State | None]:
         """See `Storage.get_many`."""
-        bot = self._bots().get(bot_name) or await self._resolve(bot_name)
+        bot = await self._bot(bot_name)
         return [_to_state(record) for record in await bot.read_records(keys)]
 
     async def set_many(self, bot_name: str, states: Mapping[K, State]) -> list[int]:
         """See `Storage.set_many`."""
-        bot = self._bots().get(bot_name) or await self._resolve(bot_name)
+        bot = await self._bot(bot_name)
         return await bot.write_many(_set_each(bot.route, states))
 
     def turn(

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fsm_ray.protocol import ContentView, RecordView
+from fsm_ray.protocol import ContentView, RecordView, state_of
 from fsm_ray.record import NEVER_MS
-from fsm_ray.state import State, state_of
+from fsm_ray.state import State
 
 SOON = datetime(2026, 2, 28, 12, tzinfo=UTC)
 

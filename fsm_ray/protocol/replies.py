@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import msgspec
@@ -28,6 +29,7 @@ from fsm_ray.protocol.requests import (
     WRITE,
 )
 from fsm_ray.record import NEVER_MS, Front
+from fsm_ray.state import State
 
 MAX_REPLY_BYTES = (1 << 32) - 1
 """The largest reply a client accepts: what the four bytes of a frame's length can say."""
@@ -86,6 +88,21 @@ class ChangeView(msgspec.Struct, array_like=True, gc=False):
     before: Front | None
     """Flow and state before the change; None: there was no record."""
     record: RecordView | None
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+_LAST_MS = 253_402_300_799_999
+"""The last moment that a datetime can tell; what lives longer lives for ever."""
+
+
+def state_of(record: RecordView) -> State:
+    """The record as users read it."""
+    content = record.content
+    state = State(flow=record.flow, state=record.state, data=content.data, version=content.version)
+    if content.deadline_ms <= _LAST_MS:
+        state.expires_at = _EPOCH + timedelta(milliseconds=content.deadline_ms)
+    return state
 
 
 Error = dict[str, Any]

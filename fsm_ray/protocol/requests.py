@@ -123,16 +123,17 @@ class Patch(msgspec.Struct, array_like=True, tag=PATCH, gc=False):
     ttl_ms: int | None = None
 
 
-class Transact(msgspec.Struct, array_like=True, tag=TRANSACT, gc=False):
-    """All of the operations, or none. Answer: the last version."""
-
-    operations: list[SetRecord | SetData | UpdateData | Clear | Patch]
-
-
 Operation = SetRecord | SetData | UpdateData | Clear | Patch
 """A write that a transaction can hold."""
 
-Write = SetRecord | SetData | UpdateData | Clear | CommitTurn | Patch | Transact
+
+class Transact(msgspec.Struct, array_like=True, tag=TRANSACT, gc=False):
+    """All of the operations, or none. Answer: the last version."""
+
+    operations: list[Operation]
+
+
+Write = Operation | CommitTurn | Transact
 
 
 class Begin(msgspec.Struct, array_like=True, tag=BEGIN, gc=False):
