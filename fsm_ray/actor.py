@@ -60,6 +60,9 @@ ACTOR_OPTIONS: dict[str, Any] = {
 _OPENING_PATIENCE_S = 2.0
 """How long a caller waits for a store to be opened and loaded before it is told so, and asks again."""
 
+_KILL_PAUSE_S = 0.01
+"""How long before Ray is asked again whether killed actors are gone."""
+
 _OPENING_PAUSE_S = 0.2
 """How long after a failure a store is not asked again."""
 
@@ -385,6 +388,7 @@ def kill_shards(bot_name: str, timeout_s: float) -> None:
 
     Raises:
         UnknownBot: it has none.
+        NamespaceUnavailable: they are about to end, and Ray still lists them after `timeout_s`.
     """
     names = [name for name in _actor_names() if name.rpartition("/")[0] == bot_name]
     if not names:
@@ -395,6 +399,16 @@ def kill_shards(bot_name: str, timeout_s: float) -> None:
         with contextlib.suppress(NamespaceUnavailable):
             call(actor.stop.remote(), bot_name, timeout_s)
         ray.kill(actor, no_restart=True)
+    # Ray returns before its control store has taken note.
+    deadline = time.monotonic() + timeout_s
+    while not set(names).isdisjoint(_actor_names()):
+        if time.monotonic() >= deadline:
+            raise NamespaceUnavailable(
+                f"the actors of bot {bot_name!r} were told to end, and are still there after {timeout_s} s",
+                bot=bot_name,
+                timeout_s=timeout_s,
+            )
+        time.sleep(_KILL_PAUSE_S)
 
 
 def call(reference: Any, bot_name: str, timeout_s: float) -> Any:

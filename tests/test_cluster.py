@@ -22,7 +22,7 @@ import pytest
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fsm_ray import AsyncStorage, BotOptions, State, Storage
+from fsm_ray import AsyncStorage, BotOptions, State, Storage, actor
 from fsm_ray.actor import ACTOR_OPTIONS, find_shard
 from fsm_ray.channel.client import BlockingConnection
 from fsm_ray.errors import (
@@ -702,6 +702,29 @@ def test_an_actor_of_another_protocol_version_is_an_error_that_says_so(
 
     with Storage() as newer, pytest.raises(ProtocolMismatch, match="same version of fsm_ray"):
         newer.get_state(bot_name, KEY)
+
+
+def test_a_bot_is_dropped_when_ray_lists_it_no_more(
+    storage: Storage, bot_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.init(bot_name, shards=2)
+    listed = actor._actor_names()
+    left = [listed, listed, listed[:0]]
+    monkeypatch.setattr(actor, "_actor_names", lambda: left.pop(0))
+
+    storage.drop(bot_name)
+
+    assert left == []
+
+
+def test_actors_that_do_not_end_are_told_of(
+    storage: Storage, bot_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.init(bot_name)
+    listed = actor._actor_names()
+    monkeypatch.setattr(actor, "_actor_names", lambda: listed)
+    with Storage(timeout_s=3) as impatient, pytest.raises(NamespaceUnavailable, match="still there"):
+        impatient.drop(bot_name)
 
 
 def test_a_dropped_bot_leaves_no_actor_and_no_socket(storage: Storage, bot_name: str) -> None:
