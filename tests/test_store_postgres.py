@@ -420,6 +420,23 @@ async def test_a_store_can_be_closed_while_its_server_hangs_in_a_commit(
 
 
 @pytest.mark.slow
+async def test_whoever_waits_behind_a_statement_that_is_given_up_is_told_the_same(
+    server: PostgresServer, place: Place
+) -> None:
+    store = make_impatient(place)
+    await store.open()
+    with paused(server):
+        commit = store.commit(numbered_batch(1))
+        await asyncio.sleep(0)  # the commit begins
+        store.timeout_s = DEADLINE_S
+        with pytest.raises(StoreUnavailable, match=r"did not answer within 0\.5 s"):
+            await store.confirm()
+        with pytest.raises(StoreUnavailable, match=r"did not answer within 0\.5 s"):
+            await commit
+        await store.close()
+
+
+@pytest.mark.slow
 async def test_confirm_can_be_given_up_while_the_server_hangs(server: PostgresServer, place: Place) -> None:
     store = make_impatient(place)
     await store.open()

@@ -209,6 +209,8 @@ class PostgresStore(OwnedStore):
         self.timeout_s = max(place.lease_s, _MIN_TIMEOUT_S)
         """How long the server may take for a statement; then it counts as not there."""
         self._connection: psycopg.AsyncConnection | None = None
+        self._gave_up_after_s: float | None = None
+        """How long the server had been silent when we hung up, which ends all that wait on the connection."""
         self._shard = {"bot": place.bot_name, "shard": place.shard}
 
     def commit(self, batch: Batch) -> asyncio.Future[None]:
@@ -241,6 +243,7 @@ class PostgresStore(OwnedStore):
     async def _connect(self) -> None:
         place = self.place
         self._check_url()
+        self._gave_up_after_s = None
         try:
             async with asyncio.timeout(self.timeout_s):
                 self._connection = await psycopg.AsyncConnection.connect(
@@ -389,18 +392,18 @@ class PostgresStore(OwnedStore):
         asyncio.timeout would not do: when cancelled, psycopg first asks the server to cancel the statement,
         and waits for that.
         """
-        connection, is_late = self._opened, False
+        connection = self._opened
 
         def give_up() -> None:
-            nonlocal is_late
-            is_late = True
+            self._gave_up_after_s = timeout_s
             _hang_up(connection)
 
         timer = asyncio.get_running_loop().call_later(timeout_s, give_up)
         try:
             yield connection
         except psycopg.Error as error:
-            raise (self._unanswered(timeout_s) if is_late else self._translated(error)) from error
+            silent_s = self._gave_up_after_s
+            raise (self._translated(error) if silent_s is None else self._unanswered(silent_s)) from error
         finally:
             timer.cancel()
 
