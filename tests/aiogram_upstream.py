@@ -1,0 +1,89 @@
+"""A pytest plugin for aiogram's own tests: where they ask for aiogram's storages, they get fsm_ray's.
+
+Given with `-p`, it is loaded before the tests and their conftest, which take what they find in aiogram's
+modules. With FSM_RAY_TURNS set, dispatchers handle updates in turns.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import aiogram.dispatcher.dispatcher
+import aiogram.fsm.storage.memory
+import pytest
+from aiogram.fsm.middleware import FSMContextMiddleware
+from aiogram.types import TelegramObject
+
+from fsm_ray import AsyncStorage, Storage
+from fsm_ray.adapters.aiogram import RayEventIsolation, RayFSMMiddleware, RayStorage
+
+ADDRESS = os.environ["FSM_RAY_ADDRESS"]
+BOT = os.environ["FSM_RAY_BOT"]
+
+
+class StorageForTests(RayStorage):
+    """Made without arguments."""
+
+    def __init__(self) -> None:
+        super().__init__(BOT, AsyncStorage(ADDRESS))
+
+
+class IsolationForTests(RayEventIsolation):
+    """Made without arguments."""
+
+    def __init__(self) -> None:
+        super().__init__(BOT, AsyncStorage(ADDRESS))
+
+
+class TurnsForTests(FSMContextMiddleware):
+    """What a dispatcher takes for aiogram's FSM middleware."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._turns = RayFSMMiddleware(self)
+
+    async def __call__(
+        self,
+        handler: Callable[[TelegramObject, dict[str, Any]], Awaitable[Any]],
+        event: TelegramObject,
+        data: dict[str, Any],
+    ) -> Any:
+        return await self._turns(handler, event, data)
+
+
+class Absent(types.ModuleType):
+    """A driver of MongoDB, which aiogram's conftest imports from, and no test here uses."""
+
+    __path__: list[str] = []  # noqa: RUF012  # a module's, not the class's
+
+    def __getattr__(self, name: str) -> type[list[Any]]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (list,), {})  # annotations subscript it
+
+
+for name in ("motor", "motor.motor_asyncio", "pymongo", "pymongo.errors", "pymongo.uri_parser"):
+    sys.modules[name] = Absent(name)
+
+for module in (aiogram.fsm.storage.memory, aiogram.dispatcher.dispatcher):
+    module.MemoryStorage = StorageForTests  # type: ignore[attr-defined]
+aiogram.fsm.storage.memory.SimpleEventIsolation = IsolationForTests  # type: ignore[assignment, misc]
+if os.environ.get("FSM_RAY_TURNS"):
+    aiogram.dispatcher.dispatcher.FSMContextMiddleware = TurnsForTests  # type: ignore[assignment, attr-defined]
+
+
+@pytest.fixture(scope="session")
+def _storage() -> Iterator[Storage]:
+    with Storage(ADDRESS) as storage:
+        yield storage
+
+
+@pytest.fixture(autouse=True)
+def _no_conversations(_storage: Storage) -> None:
+    """Each test finds a storage that was never used."""
+    for conversation in _storage.scan(BOT):
+        _storage.clear(BOT, conversation.key)
