@@ -27,7 +27,10 @@
 #   turn              one worker's exclusive use of a conversation, for as long as it handles an update
 #   across            all conversations of a bot at once: to be gone through, counted, and watched
 #   storage           Storage and AsyncStorage
-#   adapters.aiogram  RayStorage for aiogram
+#   adapters.aiogram  RayStorage, RayEventIsolation and RayFSMMiddleware for aiogram
+#   adapters.telebot  RayStateStorage and AsyncRayStateStorage for pyTelegramBotAPI
+#   adapters.telegram  RayPersistence and RayApplication for python-telegram-bot
+#   transfer          export and import, and importers from other storages
 #   testing           conformance kits, as pytest classes
 #   bench             fsm_ray and what one would use instead, side by side
 #   demo              real bot workers on a file of Telegram updates

@@ -21,11 +21,11 @@ RAY = {"actor", "routing", "storage", "cli", "bench", "demo"}
 """The layers that may import Ray."""
 
 OPTIONAL = {
-    "aiogram": {"adapters.aiogram", "bench", "demo"},
-    "telegram": {"adapters.telegram"},
+    "aiogram": {"adapters.aiogram", "transfer", "bench", "demo"},
+    "telegram": {"adapters.telegram", "transfer"},
     "telebot": {"adapters.telebot"},
     "rocksdict": {"stores.rocksdb"},
-    "redis": {"bench", "stores.redis"},
+    "redis": {"bench", "stores.redis", "transfer"},
     "psycopg": {"bench", "stores.postgres"},
     "slatedb": {"stores.objectstore"},
     "glide": {"bench"},
