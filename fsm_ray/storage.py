@@ -234,6 +234,28 @@ class Storage(_Facade):
         version: int = bot.write(bot.route.set_data(key, data, expected_version, ttl_s))
         return version
 
+    def enter_state(
+        self,
+        bot_name: str,
+        key: Hashable,
+        state: str | None,
+        *,
+        flow: str | None = None,
+        expected_version: int | None = None,
+        ttl_s: float | None = None,
+    ) -> int:
+        """Set flow and state and keep the data; return the record's version.
+
+        Where there is no record, one is made with empty data.
+
+        Raises:
+            VersionConflict, InvalidKey, InvalidState, RecordTooLarge, UnknownBot, NamespaceUnavailable,
+            OutcomeUnknown: as set_state.
+        """
+        bot = self._bot(bot_name)
+        version: int = bot.write(bot.route.enter_state(key, (flow, state), expected_version, ttl_s))
+        return version
+
     def update_data(
         self,
         bot_name: str,
@@ -444,9 +466,9 @@ class Storage(_Facade):
     def transaction(self, bot_name: str) -> Transaction:
         """Write to several conversations of one shard: all that the block does takes effect, or nothing.
 
-        The transaction has the storage's methods `set_state`, `set_data`, `update_data`, `patch` and `clear`,
-        which here return nothing: all is sent as one atomic operation when the block is left, and nothing
-        when it is left by an exception. Afterwards `version` is that of the last write.
+        The transaction has the storage's methods `set_state`, `enter_state`, `set_data`, `update_data`,
+        `patch` and `clear`, which here return nothing: all is sent as one atomic operation when the block is
+        left, and nothing when it is left by an exception. Afterwards `version` is that of the last write.
 
         >>> storage = Storage()
         >>> storage.init("doctest_bot")
@@ -629,6 +651,21 @@ class AsyncStorage(_Facade):
         """See `Storage.set_data`."""
         bot = self._bots().get(bot_name) or await self._resolve(bot_name)
         version: int = await bot.write(bot.route.set_data(key, data, expected_version, ttl_s))
+        return version
+
+    async def enter_state(
+        self,
+        bot_name: str,
+        key: Hashable,
+        state: str | None,
+        *,
+        flow: str | None = None,
+        expected_version: int | None = None,
+        ttl_s: float | None = None,
+    ) -> int:
+        """See `Storage.enter_state`."""
+        bot = self._bots().get(bot_name) or await self._resolve(bot_name)
+        version: int = await bot.write(bot.route.enter_state(key, (flow, state), expected_version, ttl_s))
         return version
 
     async def update_data(

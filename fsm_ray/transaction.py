@@ -57,6 +57,18 @@ class TransactionWrites:
         """See `Storage.set_data`; raises as `set_state`."""
         self._add(key, self._open().set_data(key, data, expected_version, ttl_s))
 
+    def enter_state(
+        self,
+        key: Hashable,
+        state: str | None,
+        *,
+        flow: str | None = None,
+        expected_version: int | None = None,
+        ttl_s: float | None = None,
+    ) -> None:
+        """See `Storage.enter_state`; raises as `set_state`."""
+        self._add(key, self._open().enter_state(key, (flow, state), expected_version, ttl_s))
+
     def update_data(
         self,
         key: Hashable,

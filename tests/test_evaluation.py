@@ -25,6 +25,7 @@ from fsm_ray.protocol import (
     Clear,
     CommitTurn,
     ContentView,
+    EnterState,
     Operation,
     Patch,
     SetData,
@@ -269,6 +270,7 @@ numbers = st.dictionaries(st.sampled_from("ab"), st.just(Raw(b"\x01")), max_size
 operations = st.one_of(
     st.builds(SetRecord, keys, flows, st.none(), fields, expected, ttls),
     st.builds(SetData, keys, fields, expected, ttls),
+    st.builds(EnterState, keys, flows, st.none(), expected, ttls),
     st.builds(UpdateData, keys, fields, expected, ttls),
     st.builds(Clear, keys, expected),
     st.builds(Patch, keys, fields, st.just(["a"]), numbers, st.just({}), expected, ttls),

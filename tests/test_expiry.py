@@ -212,6 +212,7 @@ TIMED = timed(50.0)
 IDLE: dict[str, tuple[Step, Step, float]] = {
     "set_record": (write(set_record(ANN)), write(set_record(ANN)), 11),
     "set_data": (write(set_record(ANN)), write(set_data(ANN)), 11),
+    "enter_state": (write(set_record(ANN)), write(protocol.enter_state(ANN, (None, "s"), None)), 11),
     "update_data": (write(set_record(ANN)), write(update_data(ANN, a=1)), 11),
     "patch": (write(set_record(ANN)), write(patch(a=1)), 11),
     "a turn": (write(set_record(ANN)), turn({"a": 1}), 11),
@@ -224,6 +225,8 @@ IDLE: dict[str, tuple[Step, Step, float]] = {
     "a time that a write gave, by set_data": (write(TIMED), write(set_data(ANN)), 51),
     "by update_data": (write(TIMED), write(update_data(ANN, a=1)), 51),
     "by patch": (write(TIMED), write(patch(a=1)), 51),
+    "by enter_state that stays": (write(TIMED), write(protocol.enter_state(ANN, (None, None), None)), 51),
+    "by enter_state that moves": (write(TIMED), write(protocol.enter_state(ANN, (None, "s"), None)), 11),
     "by a turn that stays": (write(TIMED), turn({"a": 1}), 51),
     "by a turn that changes nothing": (write(TIMED), turn({}), 51),
     "by a turn that moves": (write(TIMED), turn({}, state="other"), 11),

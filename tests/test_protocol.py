@@ -21,6 +21,7 @@ from fsm_ray.protocol import (
     WRITE,
     Clear,
     ContentView,
+    EnterState,
     ReadContent,
     ReadRecord,
     RecordView,
@@ -105,6 +106,12 @@ class TestOperations:
         operation = written(protocol.set_data(KEY, DATA, expected_version))
 
         assert operation == SetData(KEY, RAW_DATA, expected_version)
+
+    @pytest.mark.parametrize("expected_version", EXPECTED_VERSIONS)
+    def test_enter_state_carries_all_it_was_given(self, expected_version: int | None) -> None:
+        operation = written(protocol.enter_state(KEY, ("flow", "state"), expected_version, 5))
+
+        assert operation == EnterState(KEY, "flow", "state", expected_version, 5)
 
     @pytest.mark.parametrize("expected_version", EXPECTED_VERSIONS)
     def test_update_data_carries_all_it_was_given(self, expected_version: int | None) -> None:

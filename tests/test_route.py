@@ -28,7 +28,7 @@ from fsm_ray.errors import (
 )
 from fsm_ray.namespace import Namespace
 from fsm_ray.options import SLOTS, BotOptions
-from fsm_ray.protocol import Clear, Patch, SetData, SetRecord, Transact, UpdateData, WriteRequest
+from fsm_ray.protocol import Clear, EnterState, Patch, SetData, SetRecord, Transact, UpdateData, WriteRequest
 from fsm_ray.record import NEVER_MS
 from fsm_ray.routing.route import Addressed, Route
 from fsm_ray.state import State
@@ -59,17 +59,19 @@ READ = Call("read", lambda route, key, _, __: route.read(key))
 CLEAR = Call("clear", lambda route, key, _, version: route.clear(key, version))
 SET = Call("set_record", lambda route, key, data, version: route.set_record(key, state_of(data), version))
 SET_DATA = Call("set_data", lambda route, key, data, version: route.set_data(key, data, version))
+ENTER = Call("enter_state", lambda route, key, data, version: route.enter_state(key, ("f", "s"), version))
 UPDATE = Call("update_data", lambda route, key, data, version: route.update_data(key, data, version))
 
 PATCH = Call("patch", lambda route, key, data, version: patch(route, key, version, set_=data))
 APPEND = Call("append", lambda route, key, data, version: patch(route, key, version, append=data))
 
 WITH_DATA = [SET, SET_DATA, UPDATE, PATCH, APPEND]
-WRITES = [*WITH_DATA, CLEAR]
+WRITES = [*WITH_DATA, ENTER, CLEAR]
 
 TIMED = [
     Call("set_record", lambda route, key, data, ttl_s: route.set_record(key, state_of(data), None, ttl_s)),
     Call("set_data", lambda route, key, data, ttl_s: route.set_data(key, data, None, ttl_s)),
+    Call("enter_state", lambda route, key, data, ttl_s: route.enter_state(key, ("f", "s"), None, ttl_s)),
     Call("update_data", lambda route, key, data, ttl_s: route.update_data(key, data, None, ttl_s)),
     Call("patch", lambda route, key, data, ttl_s: patch(route, key, set_=data, ttl_s=ttl_s)),
 ]
@@ -214,6 +216,17 @@ class TestOperations:
 
         assert decoded(operation) == kind(encode_key((42, 7)), {"a": msgspec.Raw(b"\x01")}, 5)
 
+    def test_enter_state_carries_flow_and_state(self) -> None:
+        _, operation = route_of().enter_state((42, 7), ("flow", None), 5)
+
+        assert decoded(operation) == EnterState(encode_key((42, 7)), "flow", None, 5)
+
+    @pytest.mark.parametrize("front", [(1, None), (None, b"a")])
+    def test_a_flow_or_state_that_is_no_text_cannot_be_entered(self, front: Any) -> None:
+        with pytest.raises(InvalidState, match="str or None") as caught:
+            route_of().enter_state((42, 7), front, None)
+        assert (caught.value.bot, caught.value.key) == ("my_bot", (42, 7))
+
     def test_clear_carries_the_key(self) -> None:
         _, operation = route_of().clear((42, 7), 5)
 
@@ -239,7 +252,7 @@ class TestOperations:
         _, operation = call.make(route_of(), 1, {}, ttl_s)
 
         write = decoded(operation)
-        assert isinstance(write, SetRecord | SetData | UpdateData | Patch)
+        assert isinstance(write, SetRecord | SetData | EnterState | UpdateData | Patch)
         assert write.ttl_ms == ttl_ms
 
     def test_a_patch_carries_each_of_its_parts(self) -> None:

@@ -18,6 +18,7 @@ from fsm_ray.options import BotOptions
 from fsm_ray.protocol import (
     Clear,
     CommitTurn,
+    EnterState,
     Patch,
     SetData,
     SetRecord,
@@ -129,6 +130,7 @@ class Evaluator:
         self.methods: dict[type, Callable[..., bytes]] = {
             SetRecord: self._set_record,
             SetData: self._set_data,
+            EnterState: self._enter_state,
             UpdateData: self._update_data,
             Clear: self._clear,
             CommitTurn: self._commit_turn,
@@ -192,6 +194,15 @@ class Evaluator:
             if operation.expected_version is not None:
                 self._check_version(raw, operation.expected_version)
             self._put(key, raw, self._packer.replace(raw, operation.data, self.version + 1))
+        return encode_result(self.version)
+
+    def _enter_state(self, operation: EnterState) -> bytes:
+        raw = self._current(operation.key)
+        old = self._alive(raw)
+        self._check_version(old, operation.expected_version)
+        head = self._packer.head(operation.flow, operation.state)
+        is_whole = old is None or head_of(old) != head
+        self._put_tailed(operation, raw, old, head, _data(old), is_whole=is_whole)
         return encode_result(self.version)
 
     def _update_data(self, operation: UpdateData) -> bytes:
@@ -347,7 +358,7 @@ class Evaluator:
 
     def _put_tailed(
         self,
-        operation: SetRecord | SetData | UpdateData | Patch | CommitTurn,
+        operation: SetRecord | SetData | EnterState | UpdateData | Patch | CommitTurn,
         raw: bytes | None,
         old: bytes | None,
         head: bytes,

@@ -46,6 +46,7 @@ CLEAR = 3
 COMMIT_TURN = 4
 PATCH = 5
 TRANSACT = 6
+ENTER_STATE = 7
 
 BEGIN = 0
 END = 1
@@ -73,6 +74,16 @@ class SetData(msgspec.Struct, array_like=True, tag=SET_DATA, gc=False):
 
     key: bytes
     data: dict[str, msgspec.Raw]
+    expected_version: int | None = None
+    ttl_ms: int | None = None
+
+
+class EnterState(msgspec.Struct, array_like=True, tag=ENTER_STATE, gc=False):
+    """Set flow and state, keep the data. Answer: the new version."""
+
+    key: bytes
+    flow: str | None
+    state: str | None
     expected_version: int | None = None
     ttl_ms: int | None = None
 
@@ -123,7 +134,7 @@ class Patch(msgspec.Struct, array_like=True, tag=PATCH, gc=False):
     ttl_ms: int | None = None
 
 
-Operation = SetRecord | SetData | UpdateData | Clear | Patch
+Operation = SetRecord | SetData | EnterState | UpdateData | Clear | Patch
 """A write that a transaction can hold."""
 
 
@@ -255,6 +266,10 @@ def set_record(
 
 def set_data(key: bytes, data: bytes, expected_version: int | None, ttl_ms: int | None = None) -> bytes:
     return _encode((SET_DATA, key, msgspec.Raw(data), expected_version, ttl_ms))
+
+
+def enter_state(key: bytes, front: Front, expected_version: int | None, ttl_ms: int | None = None) -> bytes:
+    return fitting(_encode((ENTER_STATE, key, *front, expected_version, ttl_ms)))
 
 
 def update_data(key: bytes, changes: bytes, expected_version: int | None, ttl_ms: int | None = None) -> bytes:

@@ -25,7 +25,7 @@ from fsm_ray.errors import (
 )
 from fsm_ray.options import SLOTS, BotOptions, whereabouts
 from fsm_ray.protocol import BIN8, MAX_OPERATIONS, MAX_REPLY_BYTES, RecordView, ReplyDecoder
-from fsm_ray.record import to_ms
+from fsm_ray.record import Front, to_ms
 from fsm_ray.state import State
 
 Addressed = tuple[int, bytes]
@@ -111,6 +111,25 @@ class Route:
             return self._bounded(encoded, values, operation)
         except InvalidInput as error:
             raise self._about(error, key)  # noqa: B904  # the same error, with more facts
+
+    def enter_state(
+        self,
+        key: Hashable,
+        front: Front,
+        expected_version: int | None,
+        ttl_s: float | None = None,
+    ) -> Addressed:
+        try:
+            encoded = encode_key(key)
+            if not all(each is None or isinstance(each, str) for each in front):
+                flow, state = front
+                raise InvalidState(f"flow and state are each a str or None, not {flow!r} and {state!r}")
+            _check_version(expected_version)
+            ttl_ms = None if ttl_s is None else self.ttl_ms(ttl_s)
+            operation = protocol.enter_state(encoded, front, expected_version, ttl_ms)
+        except InvalidInput as error:
+            raise self._about(error, key)  # noqa: B904  # the same error, with more facts
+        return 0 if self._is_single else self.shard_of(encoded), operation
 
     def update_data(
         self,

@@ -243,6 +243,28 @@ class StorageContract:
 
         assert storage.get_state(bot, key) == State(data={"name": "Alice"})
 
+    # enter_state: set_data's counterpart
+
+    def test_enter_state_sets_flow_and_state_and_keeps_the_data(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        old = storage.set_state(bot, key, State(flow="f", state="s", data={"kept": (1, 2)}))
+
+        new = storage.enter_state(bot, key, "t", flow="g", expected_version=old)
+
+        stored = storage.get_state(bot, key)
+        assert stored == State(flow="g", state="t", data={"kept": (1, 2)})
+        assert stored.version == new > old
+        storage.enter_state(bot, key, None)
+        assert storage.get_state(bot, key) == State(data={"kept": (1, 2)})
+
+    def test_enter_state_without_a_record_makes_one_with_empty_data(
+        self, storage: AnyStorage, bot: str, key: Any
+    ) -> None:
+        storage.enter_state(bot, key, "s")
+
+        assert storage.get_state(bot, key) == State(state="s")
+
     # ExGram FSM: update_data
 
     def test_update_data_merges_into_the_data(self, storage: AnyStorage, bot: str, key: Any) -> None:
@@ -342,6 +364,7 @@ class StorageContract:
         for write in (
             lambda: storage.set_state(bot, key, State(state="c"), expected_version=old),
             lambda: storage.set_data(bot, key, {"n": 1}, expected_version=old),
+            lambda: storage.enter_state(bot, key, "c", expected_version=old),
             lambda: storage.update_data(bot, key, {"n": 1}, expected_version=old),
             lambda: storage.clear(bot, key, expected_version=old),
         ):
@@ -413,6 +436,7 @@ class StorageContract:
         for write in (
             lambda: storage.set_state(bot, key, State(), ttl_s=ttl_s),
             lambda: storage.set_data(bot, key, {}, ttl_s=ttl_s),
+            lambda: storage.enter_state(bot, key, "a", ttl_s=ttl_s),
             lambda: storage.update_data(bot, key, {}, ttl_s=ttl_s),
             lambda: storage.patch(bot, key, ttl_s=ttl_s),
         ):
@@ -532,6 +556,7 @@ class StorageContract:
         with storage.transaction(bot) as transaction:
             transaction.set_data(key, {"n": 1}, expected_version=version)
             transaction.update_data(key, {"m": 2})
+            transaction.enter_state(key, "t", flow="f")
             transaction.set_state(other, State(state="new"), expected_version=0)
             transaction.clear(other)
             transaction.set_state(other, State(state="newer"))
@@ -539,7 +564,7 @@ class StorageContract:
             assert storage.get_state(bot, other) is None
 
         first, second = storage.get_many(bot, [key, other])
-        assert first == State(flow="f", state="s", data={"n": 1, "m": 2})
+        assert first == State(flow="f", state="t", data={"n": 1, "m": 2})
         assert second is not None
         assert second == State(state="newer", data={"n": 5})
         assert second.expires_at is not None
