@@ -62,8 +62,10 @@ class RacedStorage(AsyncStorage):
     """Lets a rival write after the next read, before whoever read can write."""
 
     rival: Callable[[], Awaitable[Any]] | None = None
+    on_read: Callable[[Hashable], None] = staticmethod(lambda _: None)
 
     async def get_state(self, bot_name: str, key: Hashable) -> State | None:
+        self.on_read(key)
         record = await super().get_state(bot_name, key)
         rival, self.rival = self.rival, None
         if rival is not None:
@@ -293,22 +295,14 @@ class TestConcurrency:
 
         assert await storage.get_state(bot_name, RECORD_KEY) == State(state="state")
 
-    async def test_data_written_while_the_first_state_is_set_survives(
+    async def test_a_record_cleared_while_the_state_is_taken_away_does_not_come_back(
         self, ray_storage: RayStorage, storage: RacedStorage, bot_name: str
     ) -> None:
-        storage.rival = lambda: storage.update_data(bot_name, RECORD_KEY, {"foo": "bar"})
-        await ray_storage.set_state(key=KEY, state="state")
-
-        assert await storage.get_state(bot_name, RECORD_KEY) == State(state="state", data={"foo": "bar"})
-
-    async def test_a_record_cleared_while_the_state_is_set_does_not_come_back(
-        self, ray_storage: RayStorage, storage: RacedStorage, bot_name: str
-    ) -> None:
-        await ray_storage.set_data(key=KEY, data={"foo": "bar"})
+        await storage.set_state(bot_name, RECORD_KEY, State(state="state", data={"foo": "bar"}))
         storage.rival = lambda: storage.clear(bot_name, RECORD_KEY)
-        await ray_storage.set_state(key=KEY, state="state")
+        await ray_storage.set_state(key=KEY, state=None)
 
-        assert await storage.get_state(bot_name, RECORD_KEY) == State(state="state")
+        assert await storage.get_state(bot_name, RECORD_KEY) is None
 
 
 @pytest.mark.ray
@@ -529,6 +523,36 @@ class TestIsolation:
         async with RayEventIsolation(bot_name, storage).lock(KEY):
             with pytest.raises(TurnTimeout):
                 await enter(impatient)
+
+    async def test_the_state_comes_with_the_lock_for_who_reads_it_at_once(
+        self, storage: RacedStorage, ray_storage: RayStorage
+    ) -> None:
+        await ray_storage.set_state(KEY, "state")
+        read: list[Hashable] = []
+        storage.on_read = read.append
+
+        async with ray_storage.create_isolation().lock(KEY):
+            first = await ray_storage.get_state(KEY)
+            assert read == []
+            second = await ray_storage.get_state(KEY)
+
+        assert (first, second) == ("state", "state")
+        assert read == [RECORD_KEY]
+
+    async def test_what_is_read_later_is_as_it_is_then(
+        self, storage: RacedStorage, ray_storage: RayStorage
+    ) -> None:
+        other = dataclasses.replace(KEY, user_id=43)
+        await ray_storage.set_state(other, "another")
+        isolation = ray_storage.create_isolation()
+
+        async with isolation.lock(KEY):
+            of_another = await ray_storage.get_state(other)
+        async with isolation.lock(KEY):
+            await RayStorage(ray_storage.bot_name, storage).set_state(KEY, "newer")
+            later = await ray_storage.get_state(KEY)
+
+        assert (of_another, later) == ("another", "newer")
 
     async def test_close_leaves_open_a_storage_that_was_given(
         self, storage: AsyncStorage, bot_name: str

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from aiogram.fsm.storage.base import BaseEventIsolation, StorageKey
 
-from fsm_ray.adapters.aiogram.access import BotAccess
+from fsm_ray.adapters.aiogram.access import BotAccess, GrantedState
 from fsm_ray.adapters.aiogram.records import record_key
 from fsm_ray.options import BotOptions
 from fsm_ray.storage import AsyncStorage
+from fsm_ray.turn import AsyncTurn
 
 
 class RayEventIsolation(BaseEventIsolation):
@@ -51,19 +51,19 @@ class RayEventIsolation(BaseEventIsolation):
         """
         self._bot = BotAccess(bot_name, storage, options, changes)
         self._timeout_s = timeout_s
+        self.granted = GrantedState()
+        """The state of the conversation that was locked in this very moment."""
 
-    @asynccontextmanager
-    async def lock(self, key: StorageKey) -> AsyncGenerator[None, None]:
-        """Keep the conversation for as long as the block takes.
+    # A context manager as aiogram's, but for the cost of a generator.
+    def lock(self, key: StorageKey) -> AbstractAsyncContextManager[None]:  # type: ignore[override]
+        """Keep the conversation for as long as an `async with` block takes.
 
-        Raises:
+        Raises, when the block is entered:
             TurnTimeout: others kept it for `timeout_s`.
             Overloaded: too many wait for it already.
             UnknownBot, NamespaceUnavailable: as `AsyncStorage.lock`.
         """
-        storage = await self._bot.ready()
-        async with storage.lock(self._bot.name, record_key(key), timeout_s=self._timeout_s):
-            yield
+        return _Lock(self._bot, key, self._timeout_s, self.granted)
 
     async def startup(self) -> None:
         """See `RayStorage.startup`."""
@@ -72,3 +72,22 @@ class RayEventIsolation(BaseEventIsolation):
     async def close(self) -> None:
         """Close the connections, unless the storage was given."""
         await self._bot.close()
+
+
+class _Lock(AbstractAsyncContextManager[None]):
+    _turn: AsyncTurn
+
+    def __init__(self, bot: BotAccess, key: StorageKey, timeout_s: float, granted: GrantedState) -> None:
+        self._bot = bot
+        self._key = record_key(key)
+        self._timeout_s = timeout_s
+        self._granted = granted
+
+    async def __aenter__(self) -> None:
+        storage = await self._bot.ready()
+        self._turn = storage.turn(self._bot.name, self._key, timeout_s=self._timeout_s)
+        turn = await self._turn.__aenter__()
+        self._granted.put(self._key, turn.state)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._turn.end()

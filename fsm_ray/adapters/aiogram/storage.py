@@ -1,8 +1,8 @@
 """RayStorage: aiogram's FSM storage, kept in fsm_ray.
 
-One conversation is one record, so state and data never part; `update_data` is one atomic step. Setting a
-state, and emptying the data, read the record and write it only if it is still the same, again until nobody
-was faster. As in aiogram, a conversation that has neither state nor data is gone: it leaves no record.
+One conversation is one record, so state and data never part; each method is one atomic step. Taking the
+state away, and emptying the data, read the record and write it only if it is still the same, again until
+nobody was faster: as in aiogram, a conversation that has neither state nor data is gone, without a record.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from aiogram.fsm.storage.base import BaseStorage, StateType, StorageKey
 
-from fsm_ray.adapters.aiogram.access import BotAccess
+from fsm_ray.adapters.aiogram.access import BotAccess, GrantedState
 from fsm_ray.adapters.aiogram.isolation import RayEventIsolation
 from fsm_ray.adapters.aiogram.records import check_mapping, record_key, state_name
 from fsm_ray.errors import InvalidOptions, VersionConflict
@@ -64,6 +64,7 @@ class RayStorage(BaseStorage):
             InvalidBotName: a bot cannot have this name.
         """
         self._bot = BotAccess(bot_name, storage, options, changes)
+        self._granted = GrantedState()
         self.ttl_s = _ttl_s(state_ttl, data_ttl)
         """How long a conversation lives after a write, in seconds; None: as the options of the bot say."""
 
@@ -87,16 +88,28 @@ class RayStorage(BaseStorage):
 
     def create_isolation(self, *, timeout_s: float = math.inf) -> RayEventIsolation:
         """The isolation of this storage's conversations, over the same connections."""
-        return RayEventIsolation(self._bot.name, self._bot.storage, self._bot.options, timeout_s=timeout_s)
+        isolation = RayEventIsolation(
+            self._bot.name, self._bot.storage, self._bot.options, timeout_s=timeout_s
+        )
+        isolation.granted = self._granted
+        return isolation
 
     async def set_state(self, key: StorageKey, state: StateType = None) -> None:
         """Set the conversation's state and keep its data; `None` takes the state away."""
-        await self._change(key, state=state_name(state))
+        name = state_name(state)
+        if name is None:
+            await self._change(key, state=None)
+        else:
+            storage = await self._bot.ready()
+            await storage.enter_state(self._bot.name, record_key(key), name, ttl_s=self.ttl_s)
 
     async def get_state(self, key: StorageKey) -> str | None:
         """The conversation's state, or None when it has none."""
+        whose = record_key(key)
+        if self._granted.is_of(whose):
+            return self._granted.take()
         storage = await self._bot.ready()
-        record = await storage.get_state(self._bot.name, record_key(key))
+        record = await storage.get_state(self._bot.name, whose)
         return None if record is None else record.state
 
     async def set_data(self, key: StorageKey, data: Mapping[str, Any]) -> None:
