@@ -142,9 +142,13 @@ def bench(
     store: Annotated[
         str, typer.Option(help=f'Durable stores to measure besides: {_listed(benchmark.STORES)} or "all".')
     ] = _listed(_BENCH.stores),
-    tasks: Annotated[str, typer.Option(help="Numbers of concurrent tasks, with commas.")] = _listed(
-        _BENCH.tasks
-    ),
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Numbers of concurrent tasks, with commas. Default: {_listed(_BENCH.tasks)};"
+            f" for an adapter {_listed(benchmark.ADAPTER_TASKS)}."
+        ),
+    ] = None,
     seconds: Annotated[float, typer.Option(help="How long one measurement lasts.")] = _BENCH.seconds,
     rounds: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = _BENCH.rounds,
     shards: Annotated[int, typer.Option(min=1, max=SLOTS, help="Actors of fsm_ray's bots.")] = _BENCH.shards,
@@ -169,6 +173,13 @@ def bench(
     kills: Annotated[
         int, typer.Option(min=0, help="How often to kill an actor in mid-write; 0 skips the part.")
     ] = _BENCH.kills,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="Feed updates to this framework's dispatcher, over its own storage and over fsm_ray, and"
+            f" measure nothing else: {_listed(benchmark.ADAPTERS)}. One --store at most, for fsm_ray."
+        ),
+    ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Write all that was measured here.")
     ] = None,
@@ -179,27 +190,28 @@ def bench(
     """Measure fsm_ray side by side with its peers, on this machine.
 
     Servers are real, started here, and stopped in the end. The tables show medians over the rounds.
-    Fails if fsm_ray lost a write, or applied one twice, in the race or when actors were killed.
+    Fails if fsm_ray lost a write, or applied one twice, in the race or when actors were killed; or if a
+    dispatcher over fsm_ray failed, or lost an update.
     """
-    report = benchmark.run(
-        benchmark.BenchConfig(
-            contenders=_names(contenders),
-            stores=benchmark.STORES if store == "all" else _names(store),
-            tasks=_numbers(tasks, "--tasks"),
-            seconds=seconds,
-            rounds=rounds,
-            shards=shards,
-            memory_conversations=conversations,
-            sizes=_numbers(sizes, "--sizes"),
-            turn_tasks=_numbers(turns, "--turns"),
-            race_rounds=race,
-            scan_conversations=scan,
-            recovery_conversations=recovery,
-            kills=kills,
-            json_path=json_path,
-            plot_path=plot_path,
-        )
+    default_tasks = _BENCH.tasks if adapter is None else benchmark.ADAPTER_TASKS
+    config = benchmark.BenchConfig(
+        contenders=_names(contenders),
+        stores=benchmark.STORES if store == "all" else _names(store),
+        tasks=default_tasks if tasks is None else _numbers(tasks, "--tasks"),
+        seconds=seconds,
+        rounds=rounds,
+        shards=shards,
+        memory_conversations=conversations,
+        sizes=_numbers(sizes, "--sizes"),
+        turn_tasks=_numbers(turns, "--turns"),
+        race_rounds=race,
+        scan_conversations=scan,
+        recovery_conversations=recovery,
+        kills=kills,
+        json_path=json_path,
+        plot_path=plot_path,
     )
+    report = benchmark.run(config if adapter is None else config.with_adapter_alone(adapter))
     if not report.is_sound:
         raise typer.Exit(EXIT_FAILED)
 

@@ -19,6 +19,9 @@ from typing import Any
 
 import pytest
 import redis
+from aiogram import Dispatcher
+from aiogram.fsm.storage.base import StorageKey
+from aiogram.fsm.storage.memory import MemoryStorage
 from aiogram.fsm.storage.redis import RedisStorage
 from rich.console import Console
 
@@ -28,6 +31,7 @@ from fsm_ray.bench.aiogram_peers import make_key as make_storage_key
 from fsm_ray.bench.batching import Batcher, Data, Operation
 from fsm_ray.bench.contender import Contender, Surroundings, WrongData
 from fsm_ray.bench.contenders import pick_contenders
+from fsm_ray.bench.dispatch import Dispatching
 from fsm_ray.bench.echo import EchoClient
 from fsm_ray.bench.figures import Figure, percentile, ratio
 from fsm_ray.bench.kills import Writer, account
@@ -130,6 +134,8 @@ def test_contenders_are_picked_in_the_order_of_the_report() -> None:
     [
         {"contenders": ("memcached",)},
         {"stores": ("memory",)},
+        {"adapter": "telebot"},
+        {"adapter": "aiogram", "stores": STORES},
         {"tasks": (0,)},
         {"seconds": 0},
         {"rounds": 0},
@@ -158,6 +164,14 @@ def test_a_durable_store_adds_its_contender_and_a_peer_that_keeps_as_much() -> N
 
 def test_without_durable_stores_the_contenders_are_those_that_were_named() -> None:
     assert BenchConfig().all_contenders == CONTENDERS
+
+
+def test_with_an_adapter_alone_no_other_part_takes_place() -> None:
+    config = BenchConfig(stores=("rocksdb",), recovery_conversations=1, kills=1).with_adapter_alone("aiogram")
+
+    assert config.all_contenders == ()
+    assert config.has_more_parts
+    assert not dataclasses.replace(config, adapter=None).has_more_parts
 
 
 def test_every_target_is_about_contenders_that_exist() -> None:
@@ -385,7 +399,7 @@ class ForgettingData(HandlingDict):
         return dict(DATA)
 
 
-def update_and_verify(contender: Handling[int]) -> int:
+def update_and_verify(contender: Handling[Any]) -> int:
     workload = make_workload(2, contender.make_key)
     contender.load(users_of_level(2))
 
@@ -401,6 +415,72 @@ def test_handled_updates_are_verified(no_servers: Surroundings) -> None:
 def test_a_wrong_state_is_found_and_lost_data_is(kind: type[HandlingDict], no_servers: Surroundings) -> None:
     with pytest.raises(WrongData):
         update_and_verify(kind(no_servers))
+
+
+# A framework's dispatcher
+
+
+class OverMemory(Dispatching):
+    """A dispatcher over a storage in a dict."""
+
+    name = "over-memory"
+    label = "a dict"
+    storage: type[MemoryStorage] = MemoryStorage
+
+    def open(self) -> None:
+        self.serve(Dispatcher(storage=self.storage()))
+
+    def close(self) -> None: ...
+
+
+class LosingData(MemoryStorage):
+    """Some updates of data never arrive."""
+
+    async def update_data(self, key: StorageKey, data: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {} if "email" in data else data
+        return await super().update_data(key, kept)
+
+
+class LosingStates(MemoryStorage):
+    """No conversation is ever done."""
+
+    async def set_state(self, key: StorageKey, state: Any = None) -> None:
+        if state != "Registration:done":
+            await super().set_state(key, state)
+
+
+def dispatch_and_verify(storage: type[MemoryStorage], around: Surroundings, updates: int) -> int:
+    contender = OverMemory(around)
+    contender.storage = storage
+    contender.open()
+    workload = make_workload(1, contender.make_key)
+    share = workload.shares[0]
+    for _ in range(updates):
+        around.run(contender.handle(share.keys[0]))
+    share.written[0] = updates
+    return contender.verify(workload)
+
+
+@pytest.mark.parametrize("updates", range(1, 12))
+def test_dispatched_updates_lead_through_the_dialogue_again_and_again(
+    updates: int, no_servers: Surroundings
+) -> None:
+    assert dispatch_and_verify(MemoryStorage, no_servers, updates) == 1
+
+
+@pytest.mark.parametrize(("storage", "updates"), [(LosingData, 4), (LosingData, 6), (LosingStates, 5)])
+def test_a_dispatched_update_that_was_lost_is_found(
+    storage: type[MemoryStorage], updates: int, no_servers: Surroundings
+) -> None:
+    with pytest.raises(WrongData):
+        dispatch_and_verify(storage, no_servers, updates)
+
+
+def test_dispatched_updates_of_many_conversations_are_verified(no_servers: Surroundings) -> None:
+    contender = OverMemory(no_servers)
+    contender.open()
+
+    assert update_and_verify(contender) > 0
 
 
 # The race
@@ -659,7 +739,9 @@ def report() -> Report:
     fast, slow = Figure((20_000.0, 21_000.0, 19_000.0)), Figure((4_000.0, 4_200.0, 3_800.0))
     times = Figure((50.0, 51.0, 52.0)), Figure((90.0, 500.0, 95.0))
     return Report(
-        config=BenchConfig(stores=("rocksdb",), tasks=(1, 256), rounds=3, json_path=Path("bench.json")),
+        config=BenchConfig(
+            stores=("rocksdb",), tasks=(1, 256), rounds=3, adapter="aiogram", json_path=Path("bench.json")
+        ),
         machine=Machine(
             "A CPU", 2, "Linux", "CPython 3.11.7", {"ray": "2.60.0"}, "2026-01-01T00:00:00", 0.1, 2.0
         ),
@@ -714,6 +796,13 @@ def report() -> Report:
             lost=0,
             applied_twice=0,
         ),
+        adapter=(
+            Cell("fsm-ray", 1, fast, verified_keys=50),
+            Cell("fsm-ray-turn", 1, fast, verified_keys=50),
+            Cell("aiogram-redis", 1, slow, verified_keys=50),
+            Cell("fsm-ray", 64, fast, verified_keys=3_200),
+            Cell("aiogram-redis", 64, failure="MaxConnectionsError: Too many connections"),
+        ),
     )
 
 
@@ -760,6 +849,15 @@ def test_report_shows_turns_beside_what_is_wanted_of_them(report: Report) -> Non
     assert ["fsm-ray-turn", "1", "20,000", "±", "5%"] in rows
     assert ["aiogram-redis-isolated", "1", "4,000", "±", "5%", "5.00x", ">=", "5"] in rows
     assert ["aiogram-redis-isolated", "64", "fails:", "MaxConnectionsError", "-", ">=", "30"] in rows
+
+
+def test_report_shows_dispatchers_beside_what_is_wanted_of_them(report: Report) -> None:
+    rows = [line.split() for line in rendered(report).splitlines()]
+
+    assert ["fsm-ray", "1", "20,000", "±", "5%", "5.00x", ">=", "2"] in rows
+    assert ["fsm-ray-turn", "1", "20,000", "±", "5%", "5.00x", ">=", "2"] in rows
+    assert ["aiogram-redis", "1", "4,000", "±", "5%"] in rows
+    assert ["fsm-ray", "64", "20,000", "±", "5%", "-", ">=", "2"] in rows
 
 
 def test_report_shows_what_the_race_lost(report: Report) -> None:
@@ -1035,6 +1133,26 @@ def test_run_of_the_parts_about_durable_stores() -> None:
     assert report.kills.is_sound
     assert from_json(to_json(report)) == report
     assert "durable stores on" in text.getvalue()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("stores", [(), ("rocksdb",)])
+def test_run_of_an_adapter_alone(stores: tuple[str, ...]) -> None:
+    config = small_config(tasks=(1, 4), rounds=1, stores=stores).with_adapter_alone("aiogram")
+    text = StringIO()
+
+    report = run(config, console=Console(file=text, width=80))
+
+    assert [(cell.contender, cell.tasks, cell.failure) for cell in report.adapter] == [
+        (name, tasks, None) for tasks in (1, 4) for name in ("fsm-ray", "fsm-ray-turn", "aiogram-redis")
+    ]
+    assert all(cell.verified_keys > 0 for cell in report.adapter)
+    assert report.is_sound
+    assert report.cells == report.turns == ()
+    assert from_json(to_json(report)) == report
+    assert "aiogram's dispatcher" in text.getvalue()
 
 
 def children_of(pid: int) -> set[int]:

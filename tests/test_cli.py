@@ -19,7 +19,7 @@ import fsm_ray
 from fsm_ray import bench, cli
 from fsm_ray.bench import BenchConfig
 from fsm_ray.bench.figures import Figure
-from fsm_ray.bench.results import Kills, Machine, Race, Report
+from fsm_ray.bench.results import Cell, Kills, Machine, Race, Report
 from fsm_ray.demo import crew as demo_crew
 from fsm_ray.demo.updates import generate_updates, write_updates
 from fsm_ray.errors import ConfigurationError, FsmRayError, NamespaceUnavailable, UnknownBot
@@ -167,6 +167,29 @@ class TestBench:
 
         assert configs == [BenchConfig(stores=bench.STORES)]
 
+    def test_an_adapter_is_measured_alone_at_its_own_numbers_of_tasks(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        configs = remember_configs(monkeypatch)
+        run_here(monkeypatch, "bench", "--adapter", "aiogram")
+        options = "--adapter aiogram --tasks 1,8 --store redis --rounds 2"
+        run_here(monkeypatch, "bench", *options.split())
+
+        assert configs == [
+            BenchConfig(tasks=(1, 64)).with_adapter_alone("aiogram"),
+            BenchConfig(tasks=(1, 8), stores=("redis",), rounds=2).with_adapter_alone("aiogram"),
+        ]
+
+    @pytest.mark.parametrize(
+        ("contender", "code"), [("fsm-ray", 1), ("fsm-ray-turn", 1), ("aiogram-redis", 0)]
+    )
+    def test_an_update_of_ours_that_a_dispatcher_lost_is_a_failure(
+        self, contender: str, code: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        remember_configs(monkeypatch, adapter=(Cell(contender, 1, failure="WrongData: it is gone"),))
+
+        assert run_here(monkeypatch, "bench", "--adapter", "aiogram") == code
+
     @pytest.mark.parametrize(("lost", "applied_twice", "code"), [(0, 0, 0), (1, 0, 1), (0, 1, 1)])
     def test_a_write_that_was_lost_or_applied_twice_is_a_failure(
         self, lost: int, applied_twice: int, code: int, monkeypatch: pytest.MonkeyPatch
@@ -194,12 +217,14 @@ class TestBench:
             ("--scan", "-1"),
             ("--contenders", "nobody"),
             ("--store", "memcached"),
+            ("--adapter", "telebot"),
+            ("--adapter", "aiogram", "--store", "all"),
             ("--rounds", "0"),
             ("--seconds", "-1"),
         ],
     )
     def test_what_cannot_be_measured_is_wrong_usage(
-        self, arguments: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+        self, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert run_here(monkeypatch, "bench", *arguments) == cli.EXIT_USAGE
 

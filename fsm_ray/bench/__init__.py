@@ -10,11 +10,11 @@ import sys
 
 from rich.console import Console
 
-from fsm_ray.bench.config import CONTENDERS, STORES, BenchConfig
+from fsm_ray.bench.config import ADAPTER_TASKS, ADAPTERS, CONTENDERS, STORES, BenchConfig
 from fsm_ray.bench.results import Report
 from fsm_ray.errors import MissingExtra
 
-__all__ = ["CONTENDERS", "STORES", "BenchConfig", "Report", "run"]
+__all__ = ["ADAPTERS", "ADAPTER_TASKS", "CONTENDERS", "STORES", "BenchConfig", "Report", "run"]
 
 
 def run(config: BenchConfig | None = None, *, console: Console | None = None) -> Report:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fsm_ray.errors import ConfigurationError
@@ -27,6 +27,12 @@ STORES = ("rocksdb", "redis", "postgres")
 
 SYNCED_PEER = "aiogram-redis-synced"
 """What takes part with them."""
+
+ADAPTERS = ("aiogram",)
+"""The frameworks whose dispatcher can be measured over fsm_ray."""
+
+ADAPTER_TASKS = (1, 64)
+"""Numbers of concurrent tasks that feed a dispatcher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +71,9 @@ class BenchConfig:
     """Conversations that a bot has which is brought back after a crash; 0 skips the part."""
     kills: int = 0
     """How often an actor is killed in mid-write; 0 skips the part."""
+    adapter: str | None = None
+    """A framework, out of `ADAPTERS`: its dispatcher is fed updates by so many `tasks`, over its own storage
+    and over fsm_ray, on the one store in `stores` if there is one. See `with_adapter_alone`."""
     json_path: Path | None = None
     """Where to write everything measured, as JSON."""
     plot_path: Path | None = None
@@ -74,10 +83,15 @@ class BenchConfig:
         """Refuse what cannot be measured.
 
         Raises:
-            ConfigurationError: a contender or store is unknown, or a number is too small.
+            ConfigurationError: a contender, store or adapter is unknown, or a number is too small; or there
+                is an adapter, and more than one store.
         """
         _check_known("contender", self.contenders, CONTENDERS)
         _check_known("store", self.stores, STORES)
+        if self.adapter is not None:
+            _check_known("adapter", (self.adapter,), ADAPTERS)
+            if len(self.stores) > 1:
+                raise ConfigurationError("an adapter is measured on one store at a time")
         tasks = (*self.tasks, *self.size_tasks, *self.turn_tasks)
         positive = (*tasks, self.seconds, self.rounds, self.shards, *self.sizes)
         if any(number <= 0 for number in positive):
@@ -86,11 +100,31 @@ class BenchConfig:
         if min(*conversations, self.race_rounds, self.kills) < 0:
             raise ConfigurationError("conversations, races and kills must not be below 0")
 
+    def with_adapter_alone(self, adapter: str) -> BenchConfig:
+        """This with the adapter, and with no other part.
+
+        >>> BenchConfig(tasks=(1,)).with_adapter_alone("aiogram").contenders
+        ()
+        """
+        return replace(
+            self,
+            adapter=adapter,
+            contenders=(),
+            memory_conversations=0,
+            sizes=(),
+            turn_tasks=(),
+            race_rounds=0,
+            scan_conversations=0,
+            recovery_conversations=0,
+            kills=0,
+        )
+
     @property
     def all_contenders(self) -> tuple[str, ...]:
-        """The contenders, and those that the stores add."""
-        durable = (*(f"fsm-ray-{store}" for store in self.stores), SYNCED_PEER) if self.stores else ()
-        return (*self.contenders, *durable)
+        """The contenders, and those that the stores add; with an adapter, the store is the adapter's."""
+        if not self.stores or self.adapter is not None:
+            return self.contenders
+        return (*self.contenders, *(f"fsm-ray-{store}" for store in self.stores), SYNCED_PEER)
 
     @property
     def has_more_parts(self) -> bool:
@@ -103,6 +137,7 @@ class BenchConfig:
             or self.scan_conversations
             or self.recovery_conversations
             or self.kills
+            or self.adapter
         )
 
     @property

@@ -11,6 +11,8 @@ from rich.text import Text
 
 from fsm_ray.bench.figures import Figure, ratio
 from fsm_ray.bench.results import (
+    ADAPTER_PEER,
+    ADAPTER_TARGET,
     COUNT_TARGET_MS,
     OURS,
     SLOWDOWN_TARGET,
@@ -39,10 +41,7 @@ def print_report(report: Report, console: Console) -> None:
 def _parts(report: Report) -> Iterator[RenderableType]:
     yield _machine_text(report)
     if report.cells:
-        yield from (_comparison(report, tasks) for tasks in report.config.tasks)
-        yield _legend(report)
-    if report.config.stores and report.cells:
-        yield _targets_table(report)
+        yield from _comparisons(report)
     if report.memory:
         yield _memory_table(report)
     if report.sizes:
@@ -57,6 +56,15 @@ def _parts(report: Report) -> Iterator[RenderableType]:
         yield _recovery_table(report.recovery)
     if report.kills:
         yield _kills_table(report.kills)
+    if report.adapter:
+        yield _adapter_table(report)
+
+
+def _comparisons(report: Report) -> Iterator[RenderableType]:
+    yield from (_comparison(report, tasks) for tasks in report.config.tasks)
+    yield _legend(report)
+    if report.config.stores:
+        yield _targets_table(report)
 
 
 def _machine_text(report: Report) -> Text:
@@ -184,6 +192,18 @@ def _turns_table(report: Report) -> RenderableType:
 
 def _wanted_turns(tasks: int) -> str:
     return f">= {TURN_TARGETS[tasks]:g}" if tasks in TURN_TARGETS else ""
+
+
+def _adapter_table(report: Report) -> RenderableType:
+    config = report.config
+    table = _table(f"{config.adapter}'s dispatcher, fsm_ray on {next(iter(config.stores), 'memory')}", "over")
+    _add_numbers(table, "tasks", "updates/s", f"of {ADAPTER_PEER}", "wanted")
+    for cell in report.adapter:
+        is_ours = cell.contender != ADAPTER_PEER
+        compared = (_times(report.times_peer(cell)), f">= {ADAPTER_TARGET:g}") if is_ours else ("", "")
+        table.add_row(cell.contender, f"{cell.tasks}", _rate_of(cell), *compared, style=_style(is_ours))
+    what = Text("an update: isolation, a state filter, get_data, update_data, set_state, an answer")
+    return Group(table, what, *(_failure(cell) for cell in report.adapter if cell.failure is not None))
 
 
 def _race_table(race: Sequence[Race]) -> Table:

@@ -15,6 +15,9 @@ OURS = "fsm-ray"
 TURNS = "fsm-ray-turn"
 """The one that every other is compared with at whole updates."""
 
+ADAPTER_PEER = "aiogram-redis"
+"""The framework's own, which ours are compared with where its dispatcher is fed."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -181,6 +184,9 @@ TARGETS = (
 TURN_TARGETS = {1: 5.0, 64: 30.0}
 """Number of tasks -> how many whole updates a turn shall do for one of the peer."""
 
+ADAPTER_TARGET = 2.0
+"""How many updates the dispatcher shall handle over fsm_ray for one over the peer."""
+
 COUNT_TARGET_MS = 5.0
 """How long counting by state may take."""
 
@@ -206,6 +212,8 @@ class Report:
     disk: Disk | None = None
     recovery: tuple[Recovery, ...] = ()
     kills: Kills | None = None
+    adapter: tuple[Cell, ...] = ()
+    """A framework's dispatcher over fsm_ray and over its own storage: each update is an operation."""
 
     def cell(self, contender: str, tasks: int) -> Cell | None:
         """The contender's cell at this number of tasks; `None` where it does not apply."""
@@ -216,11 +224,18 @@ class Report:
     def is_sound(self) -> bool:
         """Whether fsm_ray lost no write, and applied none twice."""
         lost = sum(race.lost for race in self.race if race.contender == OURS)
-        return not lost and (self.kills is None or self.kills.is_sound)
+        failed = any(cell.failure is not None and cell.contender != ADAPTER_PEER for cell in self.adapter)
+        return not lost and not failed and (self.kills is None or self.kills.is_sound)
 
     def times_faster(self, cell: Cell, ours: str = OURS) -> float | None:
         """How many operations fsm_ray does for one of the cell's; `None` where either has no figure."""
         return ratio(self._rate(ours, cell.tasks), cell.operations_per_s)
+
+    def times_peer(self, cell: Cell) -> float | None:
+        """How many updates the cell of `adapter` does for one of the peer; `None` where either has none."""
+        peer = ADAPTER_PEER, cell.tasks
+        rates = (each.operations_per_s for each in self.adapter if (each.contender, each.tasks) == peer)
+        return ratio(cell.operations_per_s, next(rates, None))
 
     def reached(self, target: Target) -> float | None:
         """What the contender does for one operation of the peer; `None` where either has no figure."""

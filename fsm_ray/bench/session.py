@@ -19,6 +19,7 @@ from fsm_ray.bench.config import BenchConfig
 from fsm_ray.bench.contender import Surroundings
 from fsm_ray.bench.contenders import pick_contenders
 from fsm_ray.bench.disk import look_at_disk
+from fsm_ray.bench.dispatch import time_dispatchers
 from fsm_ray.bench.kills import time_kills
 from fsm_ray.bench.machine import load_average, look_at_machine
 from fsm_ray.bench.memory import weigh_conversations
@@ -68,6 +69,7 @@ def measure(config: BenchConfig, progress: Progress) -> Report:
         scan = time_scan(around, config, progress) if config.scan_conversations else None
         recovery = time_recovery(around, config, progress) if config.recovery_conversations else ()
         kills = time_kills(around, config.kills, progress) if config.kills else None
+        adapter = time_dispatchers(around, config, progress) if config.adapter else ()
     return Report(
         config=config,
         machine=look_at_machine(started_at=started_at, load_before=load_before),
@@ -81,6 +83,7 @@ def measure(config: BenchConfig, progress: Progress) -> Report:
         disk=disk,
         recovery=recovery,
         kills=kills,
+        adapter=adapter,
     )
 
 

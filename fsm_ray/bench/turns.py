@@ -54,6 +54,10 @@ class Handling(Contender[K]):
     async def state_of(self, key: K) -> str | None:
         """The state within the flow."""
 
+    def expected(self, updates: int) -> tuple[str | None, dict[str, Any]]:
+        """The state and the data that so many updates lead to."""
+        return _STATES[updates % len(_STATES)], DATA | {_COUNT: updates, CHANGED_FIELD: updates}
+
     def verify(self, workload: Workload[K]) -> int:
         """Count the keys that were updated; every one holds what so many updates lead to."""
         return self.surroundings.run(self._verify(workload))
@@ -65,7 +69,7 @@ class Handling(Contender[K]):
                 if updates is None:
                     continue
                 found = await self.state_of(key), await self.get_data(key)
-                expected = _STATES[updates % len(_STATES)], DATA | {_COUNT: updates, CHANGED_FIELD: updates}
+                expected = self.expected(updates)
                 if found != expected:
                     raise WrongData(f"under {key!r} is {found!r}, not {expected!r}")
                 verified += 1
@@ -117,10 +121,13 @@ class AiogramRedisIsolated(AiogramRedis, Handling[StorageKey]):
 def time_turns(surroundings: Surroundings, config: BenchConfig, progress: Progress) -> tuple[Cell, ...]:
     """Measure both at every number of tasks; the operations of the cells are whole updates."""
     contenders: list[Handling[Any]] = [FsmRayTurns(surroundings), AiogramRedisIsolated(surroundings)]
-    return take_rounds(contenders, dataclasses.replace(config, tasks=config.turn_tasks), progress, _measure)
+    return take_rounds(
+        contenders, dataclasses.replace(config, tasks=config.turn_tasks), progress, measure_updates
+    )
 
 
-def _measure(trial: Trial[Handling[Any]], seconds: float) -> None:
+def measure_updates(trial: Trial[Handling[Any]], seconds: float) -> None:
+    """A pass: whole updates a second."""
     trial.rates.append(updates_per_s(trial.contender, trial.workload, seconds))
 
 
