@@ -111,7 +111,7 @@ class Telegram:
         self._session: aiohttp.ClientSession | None = None
 
     async def __call__(self, method: str, **parameters: Any) -> Any:
-        """The result; where Telegram asks for patience, after that.
+        """The result; where Telegram asks for patience, or cannot be reached, after a while.
 
         Raises:
             ValueError: Telegram refuses the call.
@@ -119,8 +119,13 @@ class Telegram:
         if self._session is None:
             self._session = aiohttp.ClientSession()
         while True:
-            async with self._session.post(f"{self._base}/{method}", json=parameters) as response:
-                answer = await response.json()
+            try:
+                async with self._session.post(f"{self._base}/{method}", json=parameters) as response:
+                    answer = await response.json()
+            except (aiohttp.ClientError, TimeoutError) as error:
+                logger.warning("%s: %s", method, type(error).__name__)  # its text may show the token
+                await asyncio.sleep(1)
+                continue
             if answer["ok"]:
                 return answer["result"]
             retry_after_s = answer.get("parameters", {}).get("retry_after")
@@ -146,7 +151,7 @@ class Worker:
         """
         async with self._storage.turn(BOT, key, update_id=update["update_id"]) as turn:
             if not turn.was_handled and (calls := respond(turn, update)):
-                turn.data["outbox"] = calls
+                turn.data["outbox"] = [*turn.data.get("outbox", []), *calls]
         if "outbox" in turn.data:
             await self._send(turn.data["outbox"])
             await self._storage.patch(BOT, key, unset=["outbox"])
