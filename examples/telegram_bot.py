@@ -21,7 +21,6 @@ from telegram.ext import (
 )
 from telegram.ext.filters import COMMAND, TEXT
 
-from fsm_ray import BotOptions
 from fsm_ray.adapters.telegram import RayApplication, RayPersistence
 
 STORE = os.environ.get("FSM_RAY_STORE", "memory://")
@@ -111,9 +110,7 @@ def main() -> None:
         )  # stores after each update, and shares the bot with other processes
         .token(os.environ["BOT_TOKEN"])
         .base_url(os.environ.get("API_BASE", "https://api.telegram.org") + "/bot")
-        .persistence(
-            RayPersistence("telegram_bot", options=BotOptions(store=STORE))
-        )  # was: PicklePersistence
+        .persistence(RayPersistence("telegram_bot", store=STORE))  # was: PicklePersistence
         .build()
     )
     texts = TEXT & ~COMMAND

@@ -27,6 +27,7 @@
 #   turn              one worker's exclusive use of a conversation, for as long as it handles an update
 #   across            all conversations of a bot at once: to be gone through, counted, and watched
 #   storage           Storage and AsyncStorage
+#   adapters.access   a bot that an adapter initialises when it is first used
 #   adapters.aiogram  RayStorage, RayEventIsolation and RayFSMMiddleware for aiogram
 #   adapters.telebot  RayStateStorage and AsyncRayStateStorage for pyTelegramBotAPI
 #   adapters.telegram  RayPersistence and RayApplication for python-telegram-bot

@@ -33,7 +33,6 @@ from fsm_ray import AsyncStorage, BotOptions, State, Storage, Turn
 from fsm_ray.adapters.aiogram import RayEventIsolation, RayFSMMiddleware, RayStorage, record_key
 from fsm_ray.errors import (
     ConfigurationError,
-    InvalidBotName,
     InvalidOptions,
     NamespaceUnavailable,
     OptionsConflict,
@@ -961,17 +960,11 @@ class TestWithoutRay:
             ({"state_ttl": timedelta(-1), "data_ttl": 60}, "more than 0"),
             ({"state_ttl": 60, "data_ttl": float("nan")}, "more than 0"),
             ({"shards": 0}, "shards"),
-            ({"no_option": 1}, "no_option"),
         ],
     )
     def test_settings_that_cannot_be_are_refused_at_once(self, ttls: Any, error: str) -> None:
         with pytest.raises(InvalidOptions, match=error):
             RayStorage("my_bot", **ttls)
-
-    @pytest.mark.parametrize("kind", [RayStorage, RayEventIsolation])
-    def test_a_name_that_a_bot_cannot_have_is_refused_at_once(self, kind: type[Any]) -> None:
-        with pytest.raises(InvalidBotName):
-            kind("my bot")
 
     def test_turns_need_a_ray_storage(self) -> None:
         with pytest.raises(ConfigurationError, match="MemoryStorage"):

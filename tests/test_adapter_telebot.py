@@ -23,7 +23,7 @@ from telebot.async_telebot import AsyncTeleBot
 from telebot.states import State as StateOfGroup
 from telebot.states import StatesGroup
 
-from fsm_ray import AsyncStorage, State, Storage, Turn
+from fsm_ray import AsyncStorage, BotOptions, State, Storage, Turn
 from fsm_ray.adapters.telebot import AsyncRayStateStorage, RayStateStorage, record_key
 from fsm_ray.errors import InvalidData, InvalidState, StorageClosed, TurnTimeout, UnknownBot
 from tests.test_adapter_aiogram import run_python
@@ -515,12 +515,14 @@ class TestSetup:
     async def test_options_initialise_the_bot_at_first_use(
         self, kind: type[AnyStates], bot_name: str, chat: tuple[int, int]
     ) -> None:
-        unmade, made = kind(bot_name), kind(bot_name, ttl_s=60.0)
+        unmade, made = kind(bot_name), kind(bot_name, options=BotOptions(shards=2), ttl_s=60.0)
         with pytest.raises(UnknownBot, match="init"):
             await done(unmade.get_state(*chat))
         await done(made.set_state(*chat, Order.size))
 
         assert await done(unmade.get_state(*chat)) == "Order:size"
+        with Storage() as storage:
+            assert storage.describe(bot_name).options == BotOptions(shards=2, ttl_s=60.0)
         for states in (unmade, made):
             await done(states.close())
 

@@ -265,14 +265,14 @@ class TestContract:
         self, storage: AsyncStorage, bot_name: str
     ) -> None:
         bot_name = f"{bot_name}-own"
-        persistence = RayPersistence(bot_name, options=BotOptions(shards=2))
+        persistence = RayPersistence(bot_name, options=BotOptions(shards=3), shards=2)
         await persistence.update_bot_data({"a": 1})
-        own = persistence._storage
+        own, shards = persistence._bot.storage, (await storage.describe(bot_name)).shards
         await persistence.flush()
         again = await persistence.get_bot_data()
         await persistence.flush()
 
-        assert own is not None
+        assert len(shards) == 2
         with pytest.raises(StorageClosed):
             await own.get_state(bot_name, ("bot",))
         assert again == {"a": 1}
@@ -653,6 +653,31 @@ class TestApplications:
 
         assert before == {}
         assert (await make().get_user_data())[7]["name"] == "Ada"
+
+    async def test_a_conversation_that_a_non_blocking_handler_ends_leaves_no_record(
+        self, make: Make, storage: AsyncStorage, bot_name: str
+    ) -> None:
+        async def end(update: Update, context: Any) -> int:
+            return END
+
+        def handler() -> ConversationHandler[Any]:
+            states: dict[object, list[Any]] = {
+                NAME: [MessageHandler(filters.Text(["end"]), end, block=False)]
+            }
+            start: list[Any] = [MessageHandler(filters.Text(["start"]), Dialogue().start)]
+            return ConversationHandler(start, states, [], name="name", persistent=True)
+
+        async with running(make(update_interval=60), handler()) as application:
+            await application.process_update(text("start"))
+            before = await storage.count(bot_name, by="flow")
+            await application.process_update(text("end"))
+        after = await storage.count(bot_name, by="flow")
+        again = await begin(make(), handler())
+        await again.process_update(text("start"))
+
+        assert before["conversation:name"] == 1
+        assert "conversation:name" not in after
+        assert await make().get_conversations("name") == {(7, 7): NAME}
 
     async def test_a_group_that_became_a_supergroup_keeps_its_data(self, make: Make) -> None:
         async def migrate(update: Update, context: Any) -> None:

@@ -14,7 +14,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from fsm_ray.adapters.access import BotAccess, chosen_options
 from fsm_ray.errors import InvalidData, InvalidState, MissingExtra, TurnLost, VersionConflict
+from fsm_ray.options import BotOptions, check_bot_name
 from fsm_ray.state import State
 from fsm_ray.storage import AsyncStorage, Storage
 from fsm_ray.turn import AsyncTurn, BlockingTurn, Turn
@@ -54,8 +56,6 @@ class _States:
     Conversations are told apart by all that pyTelegramBotAPI passes. What a handler does to its own
     conversation inside of a `with` block of `get_interactive_data` becomes part of that block.
     """
-
-    _bot_name: str
 
     def set_state(  # noqa: PLR0917 - pyTelegramBotAPI's signature
         self,
@@ -210,20 +210,30 @@ class RayStateStorage(_States, StateStorageBase):
     >>> bot = TeleBot("1:token", state_storage=RayStateStorage("my_bot", store="memory://"))
     """
 
-    def __init__(self, bot_name: str, storage: Storage | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        bot_name: str,
+        storage: Storage | None = None,
+        options: BotOptions | None = None,
+        **changes: Any,
+    ) -> None:
         """Nothing is opened yet.
 
         Args:
-            bot_name: whose namespace it is.
+            bot_name: the bot.
             storage: to operate with; it stays the caller's to close. None: one of its own.
-            options: of `Storage.init`, which is called with them at first use. Without any, the bot must have
-                been initialised.
+            options: what to initialise the bot with, when it is first used. With none, and no changes
+                either, it must have been initialised.
+            changes: fields of BotOptions, over those of `options`.
+
+        Raises:
+            InvalidOptions, InvalidBotName: a bot cannot have them.
         """
         super().__init__()
-        self._bot_name = bot_name
+        self._bot_name = check_bot_name(bot_name)
         self._storage = Storage() if storage is None else storage
         self._owns_storage = storage is None
-        self._options = options
+        self._options = chosen_options(options, changes)
 
     def close(self) -> None:
         """Close the connections, unless the storage was given; the conversations stay."""
@@ -231,9 +241,9 @@ class RayStateStorage(_States, StateStorageBase):
             self._storage.close()
 
     def _ready(self) -> Storage:
-        if self._options:
-            self._storage.init(self._bot_name, **self._options)  # idempotent: threads need not agree
-            self._options = {}
+        if (options := self._options) is not None:
+            self._storage.init(self._bot_name, options)  # idempotent: threads need not agree
+            self._options = None
         return self._storage
 
     def _change(self, key: Hashable, change: Callable[[Turn], T]) -> T:
@@ -262,24 +272,20 @@ class AsyncRayStateStorage(_States, AsyncStateStorageBase):
     >>> bot = AsyncTeleBot("1:token", state_storage=AsyncRayStateStorage("my_bot", store="memory://"))
     """
 
-    def __init__(self, bot_name: str, storage: AsyncStorage | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        bot_name: str,
+        storage: AsyncStorage | None = None,
+        options: BotOptions | None = None,
+        **changes: Any,
+    ) -> None:
         """See `RayStateStorage`; the storage is an `AsyncStorage`."""
         super().__init__()
-        self._bot_name = bot_name
-        self._storage = AsyncStorage() if storage is None else storage
-        self._owns_storage = storage is None
-        self._options = options
+        self._bot = BotAccess(bot_name, storage, options, changes)
 
     async def close(self) -> None:
         """See `RayStateStorage.close`."""
-        if self._owns_storage:
-            await self._storage.close()
-
-    async def _ready(self) -> AsyncStorage:
-        if self._options:
-            await self._storage.init(self._bot_name, **self._options)  # idempotent: tasks need not agree
-            self._options = {}
-        return self._storage
+        await self._bot.close()
 
     async def _change(self, key: Hashable, change: Callable[[Turn], T]) -> T:
         while True:
@@ -289,7 +295,7 @@ class AsyncRayStateStorage(_States, AsyncStateStorageBase):
                     return change(turn)
 
     async def _read(self, key: Hashable, view: Callable[[Turn | State | None], T]) -> T:
-        return view(self._turn_here(key) or await (await self._ready()).get_state(self._bot_name, key))
+        return view(self._turn_here(key) or await (await self._bot.ready()).get_state(self._bot.name, key))
 
     @asynccontextmanager
     async def _block(self, key: Hashable) -> AsyncGenerator[dict[str, Any], None]:
@@ -299,7 +305,7 @@ class AsyncRayStateStorage(_States, AsyncStateStorageBase):
 
     async def _turn(self, key: Hashable) -> nullcontext[Turn] | AsyncTurn:
         turn = self._turn_here(key)
-        return (await self._ready()).turn(self._bot_name, key) if turn is None else nullcontext(turn)
+        return (await self._bot.ready()).turn(self._bot.name, key) if turn is None else nullcontext(turn)
 
 
 def record_key(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fsm_ray.adapters import telegram as adapter
+from fsm_ray.adapters.telegram import records
 from fsm_ray.errors import FsmRayError, InvalidData, MissingExtra
 from fsm_ray.state import State
 from fsm_ray.storage import AsyncStorage
@@ -17,7 +18,6 @@ from fsm_ray.transfer.loading import Arrival, Progress, Refusal, Report, load
 try:
     import telegram
     import telegram.constants
-    from telegram.ext import ConversationHandler
 except ModuleNotFoundError as error:
     raise MissingExtra(
         f"the importer needs {error.name!r}, which is not installed: pip install 'fsm-ray[telegram]'"
@@ -118,37 +118,22 @@ def _parts(stored: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], Any, _M
         for whose, data in (stored.get(f"{kind}_data") or {}).items():
             yield (kind, whose), data, _data_of(kind)
     if stored.get("bot_data"):
-        yield adapter.BOT, stored["bot_data"], _data_of("bot")
+        yield records.BOT, stored["bot_data"], _data_of("bot")
     if stored.get("callback_data"):
-        yield adapter.CALLBACK, stored["callback_data"], _callback_data
+        yield records.CALLBACK, stored["callback_data"], _callback_data
     for name, states in (stored.get("conversations") or {}).items():
         for key, state in states.items():
-            yield adapter.conversation_key(name, key), state, _conversation_of(name)
+            yield records.conversation_key(name, key), state, partial(records.conversation_record, name)
 
 
 def _data_of(kind: str) -> _Make:
     def make(data: Any) -> State | None:
         if not isinstance(data, Mapping):
             raise InvalidData(f"it is no dict: {data!r:.80}")
-        fields = {adapter._encoded(name): value for name, value in data.items()}  # noqa: SLF001
-        return State(flow=kind, data=fields) if fields else None
+        return State(flow=kind, data=records.by_encoded_name(data)) if data else None
 
     return make
 
 
 def _callback_data(data: Any) -> State:
-    keyboards, queries = data
-    fields = {("keyboard", name): rest for name, *rest in keyboards}
-    fields |= {("query", name): keyboard for name, keyboard in queries.items()}
-    encoded = {adapter._encoded(name): value for name, value in fields.items()}  # noqa: SLF001
-    return State(flow="callback", data=encoded)
-
-
-def _conversation_of(name: str) -> _Make:
-    def make(state: Any) -> State | None:
-        if state is None or state == ConversationHandler.END:
-            return None
-        flow, shown = adapter._flow_of(name), adapter._name_of(state)  # noqa: SLF001
-        return State(flow=flow, state=shown, data={"state": state})
-
-    return make
+    return State(flow="callback", data=records.by_encoded_name(records.callback_fields(data)))

@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+from collections.abc import Hashable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from aiogram.fsm.storage.base import BaseEventIsolation, StorageKey
 
-from fsm_ray.adapters.aiogram.access import BotAccess, GrantedState
+from fsm_ray.adapters.access import BotAccess
 from fsm_ray.adapters.aiogram.records import record_key
 from fsm_ray.options import BotOptions
 from fsm_ray.storage import AsyncStorage
 from fsm_ray.turn import AsyncTurn
+
+
+class GrantedState:
+    """The state that came with a lock, for the task that has it to read in the same step of its event loop.
+
+    aiogram reads the state as soon as it has the lock; this saves that request.
+    """
+
+    def __init__(self) -> None:
+        self._granted: tuple[Hashable, asyncio.Task[Any] | None, str | None] | None = None
+
+    def put(self, key: Hashable, state: str | None) -> None:
+        """Have the state of this conversation ready until the running step ends."""
+        self._granted = (key, asyncio.current_task(), state)
+        asyncio.get_running_loop().call_soon(self._forget)
+
+    def is_of(self, key: Hashable) -> bool:
+        """Whether there is one, of this conversation and for this task."""
+        return self._granted is not None and self._granted[:2] == (key, asyncio.current_task())
+
+    def take(self) -> str | None:
+        """The state, once: `is_of` tells whether there is one."""
+        state = None if self._granted is None else self._granted[2]
+        self._granted = None
+        return state
+
+    def _forget(self) -> None:
+        self._granted = None
 
 
 class RayEventIsolation(BaseEventIsolation):

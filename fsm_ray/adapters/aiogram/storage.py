@@ -15,8 +15,8 @@ from typing import Any
 
 from aiogram.fsm.storage.base import BaseStorage, StateType, StorageKey
 
-from fsm_ray.adapters.aiogram.access import BotAccess, GrantedState
-from fsm_ray.adapters.aiogram.isolation import RayEventIsolation
+from fsm_ray.adapters.access import BotAccess
+from fsm_ray.adapters.aiogram.isolation import GrantedState, RayEventIsolation
 from fsm_ray.adapters.aiogram.records import check_mapping, record_key, state_name
 from fsm_ray.errors import InvalidOptions, VersionConflict
 from fsm_ray.options import BotOptions

@@ -1,41 +1,13 @@
-"""One bot of an AsyncStorage, initialised when it is first used, and what its users hand to each other."""
+"""BotAccess: one bot of an AsyncStorage, initialised when it is first used."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fsm_ray.options import BotOptions, check_bot_name, make_options
 from fsm_ray.storage import AsyncStorage
-
-
-class GrantedState:
-    """The state that came with a lock, for the task that has it to read in the same step of its event loop.
-
-    aiogram reads the state as soon as it has the lock; this saves that request.
-    """
-
-    def __init__(self) -> None:
-        self._granted: tuple[Hashable, asyncio.Task[Any] | None, str | None] | None = None
-
-    def put(self, key: Hashable, state: str | None) -> None:
-        """Have the state of this conversation ready until the running step ends."""
-        self._granted = (key, asyncio.current_task(), state)
-        asyncio.get_running_loop().call_soon(self._forget)
-
-    def is_of(self, key: Hashable) -> bool:
-        """Whether there is one, of this conversation and for this task."""
-        return self._granted is not None and self._granted[:2] == (key, asyncio.current_task())
-
-    def take(self) -> str | None:
-        """The state, once: `is_of` tells whether there is one."""
-        state = None if self._granted is None else self._granted[2]
-        self._granted = None
-        return state
-
-    def _forget(self) -> None:
-        self._granted = None
 
 
 class BotAccess:
@@ -56,7 +28,7 @@ class BotAccess:
         changes: Mapping[str, Any],
     ) -> None:
         self.name = check_bot_name(name)
-        self.options = make_options(options, dict(changes)) if options is not None or changes else None
+        self.options = chosen_options(options, changes)
         self.storage = AsyncStorage() if storage is None else storage
         self._owns_storage = storage is None
         self._is_ready = self.options is None
@@ -90,9 +62,24 @@ class BotAccess:
         if self._owns_storage:
             await self.storage.close()
 
+    async def reopen(self) -> None:
+        """As `close`, and whoever needs the bot afterwards opens new connections."""
+        if self._owns_storage:
+            closing, self.storage = self.storage, AsyncStorage()
+            await closing.close()
+
     async def _make(self) -> None:
         try:
             await self.storage.init(self.name, self.options)
             self._is_ready = True
         finally:
             self._making = None
+
+
+def chosen_options(options: BotOptions | None, changes: Mapping[str, Any]) -> BotOptions | None:
+    """What an adapter that was given these initialises its bot with; None: it was given none.
+
+    Raises:
+        InvalidOptions: a bot cannot have them.
+    """
+    return None if options is None and not changes else make_options(options, dict(changes))
