@@ -30,6 +30,7 @@ def pytest_configure() -> None:
 
 
 SLOWEST_FIRST = (
+    "test_telegram_upstream.py",
     "test_cli.py",
     "test_demo.py",
     "test_cluster.py",

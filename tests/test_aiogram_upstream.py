@@ -5,19 +5,18 @@ They are taken from aiogram's source distribution of the installed version, for 
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
 
 from fsm_ray import Storage
 from tests.conftest import RayCluster
+from tests.sources import downloaded
 
 PLUGIN = Path(__file__).with_name("aiogram_upstream.py")
 DEADLINE_S = 120.0
@@ -37,17 +36,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the tests of the installed aiogram, and without aiogram itself."""
-    directory = tmp_path_factory.mktemp("aiogram")
-    version = importlib.metadata.version("aiogram")
-    options = ("--quiet", "--no-deps", "--no-binary", ":all:", "--dest", str(directory))
-    command = [sys.executable, "-m", "pip", "download", *options, f"aiogram=={version}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=DEADLINE_S)
-    if done.returncode:
-        pytest.fail(f"pip could not download the sources of aiogram {version} from its index:\n{done.stderr}")
-    (archive,) = directory.glob("aiogram-*.tar.gz")
-    with tarfile.open(archive) as files:
-        files.extractall(directory, filter="data")
-    (root,) = (path for path in directory.iterdir() if path.is_dir())
+    root = downloaded("aiogram", tmp_path_factory.mktemp("aiogram"))
     shutil.rmtree(root / "aiogram")
     return root
 

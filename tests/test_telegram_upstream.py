@@ -1,0 +1,86 @@
+"""python-telegram-bot's own tests of persistences in applications pass, unmodified, over fsm_ray.
+
+They are taken from its source distribution of the installed version, for which pip needs its index.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fsm_ray import Storage
+from tests.conftest import RayCluster
+from tests.sources import downloaded
+
+PLUGIN = Path(__file__).with_name("telegram_upstream.py")
+DEADLINE_S = 240.0
+"""They sleep for half a minute altogether."""
+
+TESTS = "tests/ext/test_basepersistence.py"
+
+NOT_FOR_US = (
+    # Looks at the slots of the class in the place of which the plugin puts a subclass.
+    "test_slot_behaviour",
+    # Wants `END` stored until the next start removes it; in a RayPersistence, who has ended is gone at once:
+    # test_adapter_telegram, test_a_conversation_that_a_non_blocking_handler_ends_leaves_no_record.
+    "test_non_blocking_conversation_ends",
+)
+
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+NO_NETWORK = dict.fromkeys(PROXIES, "http://127.0.0.1:9")
+"""A port that nobody listens on."""
+
+WITHOUT_OPTIONAL = {"GITHUB_ACTIONS": "true", "TEST_WITH_OPT_DEPS": "false"}
+"""Their conftest wants all that any of their tests needs, unless it is told so."""
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the tests of the installed version, and without the library itself."""
+    root = downloaded("python-telegram-bot", tmp_path_factory.mktemp("telegram"))
+    shutil.rmtree(root / "src")
+    return root
+
+
+@pytest.fixture
+def environment(cluster: RayCluster, bot_name: str, tmp_path: Path) -> dict[str, str]:
+    """What the plugin needs, and the process to find it."""
+    with Storage() as storage:
+        storage.init(bot_name)
+    shutil.copy(PLUGIN, tmp_path)
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    ours = {"RAY_ADDRESS": cluster.address, "FSM_RAY_BOT": bot_name, "PYTHONPATH": path}
+    return os.environ | NO_NETWORK | WITHOUT_OPTIONAL | ours
+
+
+def test_python_telegram_bot_s_own_tests_pass(source: Path, environment: dict[str, str]) -> None:
+    loops = [f"asyncio_default_{kind}_loop_scope=session" for kind in ("fixture", "test")]
+    settings = [part for setting in ("addopts=", *loops) for part in ("-o", setting)]
+    markers = ("-W", "ignore::pytest.PytestUnknownMarkWarning")
+    deselected = [f"--deselect={TESTS}::TestBasePersistence::{name}" for name in NOT_FOR_US]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-rs", "-p", PLUGIN.stem, "-p", "no:cacheprovider"),
+            *(*settings, *markers, *deselected, TESTS),
+        ],
+        cwd=source,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_S,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = done.stdout.splitlines()[-1]
+    assert re.search(r"\b[1-9]\d* passed", summary), summary
+    assert f"{len(NOT_FOR_US)} deselected" in summary, summary
+    assert "skipped" not in summary, done.stdout
