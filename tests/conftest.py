@@ -1,4 +1,4 @@
-"""Fixtures: one Ray of three nodes for the whole session, and bots that are dropped after their test."""
+"""Fixtures: one Ray of two nodes for the whole session, and bots that are dropped after their test."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -59,7 +58,7 @@ class RayCluster:
     """The session's Ray. This process is attached to its first node."""
 
     address: str
-    node_ids: tuple[str, str, str]
+    node_ids: tuple[str, str]
     """The first one is this process's node."""
     nodes: Cluster
     """For tests that add nodes of their own, and remove them."""
@@ -69,12 +68,11 @@ class RayCluster:
 def cluster() -> Iterator[RayCluster]:
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
     try:
-        for _ in range(2):
-            nodes.add_node(num_cpus=4)
+        nodes.add_node(num_cpus=4)
         ray.init(address=nodes.address, log_to_driver=False)
         here = ray.get_runtime_context().get_node_id()
-        others = [node["NodeID"] for node in ray.nodes() if node["NodeID"] != here]
-        yield RayCluster(nodes.address, (here, *others), nodes)
+        (other,) = [node["NodeID"] for node in ray.nodes() if node["NodeID"] != here]
+        yield RayCluster(nodes.address, (here, other), nodes)
     finally:
         ray.shutdown()
         nodes.shutdown()
@@ -94,19 +92,19 @@ class Bots:
 
     def __init__(self, storage: Storage, directory: Path) -> None:
         self._storage = storage
-        self._directory = directory
+        self.directory = directory
+        """Where those with a store of this machine have it."""
         self._names: set[str] = set()
 
-    def emptied(self, *, store: str = "memory", **options: Any) -> str:
-        """The name of a bot with these options that has no records, and that nobody is at.
+    def emptied(self, *, store: str = "memory", shards: int = 1) -> str:
+        """The name of a bot with such a store and so many shards that has no records, and that nobody is at.
 
         It may be killed, but not dropped. Its versions and statistics go on from the tests before.
         """
-        name = "-".join(
-            ["shared", store, *(f"{option}-{value}" for option, value in sorted(options.items()))]
+        name = f"shared-{store}-{shards}"
+        self._storage.init(
+            name, store=f"{store}://{'' if store == 'memory' else self.directory}", shards=shards
         )
-        url = f"{store}://" if store == "memory" else f"{store}://{self._directory}"
-        self._storage.init(name, store=url, **options)
         self._names.add(name)
         for found in self._storage.scan(name):
             self._storage.clear(name, found.key)

@@ -8,7 +8,8 @@ import pytest
 
 from fsm_ray import AsyncStorage, Storage
 from fsm_ray.storage import Transport
-from fsm_ray.testing import AnyStorage, Blocking, ClosedStorageContract, StorageContract
+from fsm_ray.testing import AnyStorage, Blocking, BotsContract, ClosedStorageContract, StorageContract
+from tests.conftest import Bots
 
 pytestmark = pytest.mark.ray
 
@@ -38,15 +39,9 @@ SHARDS = {"blocking-socket": 1, "blocking-ray-call": 3, "async-socket": 3, "asyn
 
 
 @pytest.fixture(scope="module")
-def bots_of_all_tests(cluster: object) -> Iterator[dict[int, str]]:
-    """Bots of so many shards for all tests of the contract: an actor takes half a second to come up."""
-    names = {shards: f"contract-{shards}" for shards in SHARDS.values()}
-    with Storage() as storage:
-        for shards, name in names.items():
-            storage.init(name, shards=shards)
-        yield names
-        for name in names.values():
-            storage.drop(name)
+def bots_of_all_tests(bots: Bots) -> dict[int, str]:
+    """Bots of so many shards for all tests of the contract."""
+    return {shards: bots.emptied(shards=shards) for shards in SHARDS.values()}
 
 
 class TestContract(StorageContract):
@@ -57,6 +52,17 @@ class TestContract(StorageContract):
     @pytest.fixture
     def bot(self, request: pytest.FixtureRequest, bots_of_all_tests: dict[int, str]) -> str:
         return bots_of_all_tests[SHARDS[request.node.callspec.params["made"]]]
+
+
+@pytest.mark.parametrize("made", ["blocking-socket", "async-ray-call"], indirect=True)
+class TestBots(BotsContract):
+    @pytest.fixture
+    def storage(self, made: AnyStorage) -> AnyStorage:
+        return made
+
+    @pytest.fixture
+    def bot(self, bots_of_all_tests: dict[int, str]) -> str:
+        return bots_of_all_tests[1]
 
 
 class TestClosed(ClosedStorageContract):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from fsm_ray.errors import (
 )
 from fsm_ray.stores.by_url import make_store
 from fsm_ray.testing import AnyStorage, StorageContract
-from tests.conftest import DEADLINE_S, RayCluster
+from tests.conftest import DEADLINE_S, Bots, RayCluster
 
 pytestmark = pytest.mark.ray
 
@@ -88,13 +89,9 @@ def kill(storage: Storage, bot_name: str, shard: int = 0) -> None:
 
 
 @pytest.fixture(scope="module")
-def bot_of_all_tests(cluster: RayCluster, directory: Path) -> Iterator[str]:
+def bot_of_all_tests(bots: Bots) -> str:
     """Of one store: to the facade they are all the same, and each passes StoreConformance."""
-    name = "contract-durable"
-    with Storage(timeout_s=DEADLINE_S) as storage:
-        storage.init(name, store=f"rocksdb://{directory}/contract")
-        yield name
-        storage.drop(name)
+    return bots.emptied(store="rocksdb")
 
 
 class TestContract(StorageContract):
@@ -108,99 +105,97 @@ class TestContract(StorageContract):
         return bot_of_all_tests
 
 
-def test_records_outlive_a_killed_actor(storage: Storage, bot_name: str, url: str) -> None:
-    storage.init(bot_name, store=url, shards=2)
-    states = {key: State(flow="f", state="s", data={"n": key}) for key in range(20)}
-    for key, state in states.items():
-        storage.set_state(bot_name, key, state)
-    storage.clear(bot_name, 0)
-    for shard in range(2):
-        kill(storage, bot_name, shard)
-
-    assert storage.get_state(bot_name, 0) is None
-    assert all(storage.get_state(bot_name, key) == states[key] for key in range(1, 20))
-    assert not any(shard.restarted_empty for shard in storage.describe(bot_name).shards)
+@pytest.fixture(scope="module")
+def bot(cluster: RayCluster, url: str) -> Iterator[str]:
+    """One bot for each store."""
+    name = "durable"
+    with Storage(timeout_s=DEADLINE_S) as storage:
+        storage.init(name, store=url)
+        yield name
+        storage.drop(name)
 
 
-def test_records_outlive_a_dropped_bot(storage: Storage, bot_name: str, url: str) -> None:
-    storage.init(bot_name, store=url)
-    version = storage.set_state(bot_name, KEY, State(state="kept"))
-    storage.drop(bot_name)
-    storage.init(bot_name, store=url)
-
-    assert storage.get_state(bot_name, KEY) == State(state="kept")
-    assert storage.set_state(bot_name, KEY, State(), expected_version=version) == version + 1
-
-
-async def test_every_write_takes_effect_once_though_the_actor_is_killed_under_it(
-    cluster: RayCluster, bot_name: str, url: str
-) -> None:
+async def test_records_outlive_a_killed_actor_and_every_write_under_way_takes_effect_once(bot: str) -> None:
     """Each writer counts up through conditional writes, so that one applied twice or lost breaks the row."""
+    states = {("kept", number): State(flow="f", state="s", data={"n": number}) for number in range(20)}
     async with AsyncStorage(timeout_s=DEADLINE_S) as shared:
-        await shared.init(bot_name, store=url)
+        await shared.set_many(bot, states)
+        await shared.clear(bot, ("kept", 0))
         done = asyncio.Event()
 
         async def count_up(writer: int) -> int:
             count, version = 0, 0
             while not done.is_set():
                 version = await shared.set_state(
-                    bot_name, writer, State(data={"count": count + 1}), expected_version=version
+                    bot, writer, State(data={"count": count + 1}), expected_version=version
                 )
                 count += 1
             return count
 
         writers = [asyncio.create_task(count_up(writer)) for writer in range(16)]
-        for _ in range(3):
+        for _ in range(2):
             with Storage() as storage:
-                await asyncio.to_thread(kill, storage, bot_name)
-            await shared.get_state(bot_name, 0)
+                await asyncio.to_thread(kill, storage, bot)
+            await shared.get_state(bot, 0)
         done.set()
         counts = await asyncio.gather(*writers)
-        found = [await shared.get_data(bot_name, writer) for writer in range(16)]
+        found = [await shared.get_data(bot, writer) for writer in range(16)]
+        kept = await shared.get_many(bot, list(states))
+        described = await shared.describe(bot)
 
     assert found == [{"count": count} for count in counts]
+    assert kept == [None, *list(states.values())[1:]]
+    assert not described.shards[0].restarted_empty
+
+
+def test_records_outlive_a_dropped_bot(storage: Storage, bot: str, url: str) -> None:
+    version = storage.set_state(bot, KEY, State(state="kept"))
+    storage.drop(bot)
+    storage.init(bot, store=url)
+
+    assert storage.get_state(bot, KEY) == State(state="kept")
+    assert storage.set_state(bot, KEY, State(), expected_version=version) == version + 1
 
 
 def test_shards_of_another_number_are_refused_and_the_bot_can_be_made_as_it_was(
     storage: Storage, bot_name: str, directory: Path
 ) -> None:
     url = f"rocksdb://{directory}/resharded"
-    storage.init(bot_name, store=url, shards=2)
+    storage.init(bot_name, store=url)
     storage.set_state(bot_name, KEY, State(state="kept"))
     storage.drop(bot_name)
 
-    with pytest.raises(StoreMismatch, match="of 2 of bot"):
-        storage.init(bot_name, store=url, shards=3)
-    storage.init(bot_name, store=url, shards=2)
+    with pytest.raises(StoreMismatch, match="of 1 of bot"):
+        storage.init(bot_name, store=url, shards=2)
+    storage.init(bot_name, store=url)
     assert storage.get_state(bot_name, KEY) == State(state="kept")
 
 
 # Servers
 
 
-@pytest.mark.parametrize("name", ["valkey", "postgres"])
+@pytest.mark.parametrize(("url", "name"), [("redis", "valkey"), ("postgresql", "postgres")], indirect=["url"])
 async def test_writes_go_on_when_the_server_is_killed_and_started_again(
-    cluster: RayCluster, bot_name: str, name: str, request: pytest.FixtureRequest
+    bot: str, name: str, request: pytest.FixtureRequest
 ) -> None:
     server: ValkeyServer | PostgresServer = request.getfixturevalue(name)
     async with AsyncStorage(timeout_s=DEADLINE_S) as shared:
-        await shared.init(bot_name, store=server.url)
         done = asyncio.Event()
 
         async def count_up(writer: int) -> int:
             count = 0
             while not done.is_set():
-                await shared.update_data(bot_name, writer, {"count": count + 1})
+                await shared.update_data(bot, ("writer", writer), {"count": count + 1})
                 count += 1
             return count
 
         writers = [asyncio.create_task(count_up(writer)) for writer in range(8)]
         for _ in range(2):
             await asyncio.to_thread(restart, server)
-            await shared.update_data(bot_name, "probe", {"answered": True})
+            await shared.update_data(bot, "probe", {"answered": True})
         done.set()
         counts = await asyncio.gather(*writers)
-        found = [await shared.get_data(bot_name, writer) for writer in range(8)]
+        found = [await shared.get_data(bot, ("writer", writer)) for writer in range(8)]
 
     assert found == [{"count": count} for count in counts]
 
@@ -269,10 +264,14 @@ def test_a_rocksdb_bot_waits_for_its_node_and_says_where_its_records_lie(
         cluster.nodes.remove_node(node, allow_graceful=False)
         os.kill(described.pid, signal.SIGKILL)
 
-        with pytest.raises(NamespaceUnavailable, match=lies_there):
-            impatient.get_state(bot_name, KEY)
-        with pytest.raises(NamespaceUnavailable, match=lies_there):
-            impatient.init(bot_name, **options)
+        with ThreadPoolExecutor(2) as pool:
+            operations = [
+                pool.submit(impatient.get_state, bot_name, KEY),
+                pool.submit(impatient.init, bot_name, **options),
+            ]
+        for operation in operations:
+            with pytest.raises(NamespaceUnavailable, match=lies_there):
+                operation.result()
     node = cluster.nodes.add_node(num_cpus=1, resources={"bot_disk": 1})
     try:
         assert storage.get_state(bot_name, KEY) == State(state="kept")
@@ -282,15 +281,13 @@ def test_a_rocksdb_bot_waits_for_its_node_and_says_where_its_records_lie(
         cluster.nodes.remove_node(node)
 
 
-def test_a_write_that_changes_nothing_does_not_reach_the_disk(
-    storage: Storage, bot_name: str, directory: Path
-) -> None:
-    storage.init(bot_name, store=f"rocksdb://{directory}/quiet")
-    storage.clear(bot_name, KEY)
-    log = max((directory / "quiet" / bot_name / "0").glob("*.log"))
+def test_a_write_that_changes_nothing_does_not_reach_the_disk(storage: Storage, bots: Bots) -> None:
+    bot = bots.emptied(store="rocksdb")
+    storage.clear(bot, KEY)
+    log = max((bots.directory / bot / "0").glob("*.log"))
     size = log.stat().st_size
     for _ in range(10):
-        storage.clear(bot_name, KEY)
+        storage.clear(bot, KEY)
 
     assert log.stat().st_size == size
 

@@ -14,6 +14,7 @@ pytest.register_assert_rewrite("fsm_ray.testing.storage", "fsm_ray.testing.store
 from fsm_ray.testing.storage import (  # noqa: E402
     AnyStorage,
     Blocking,
+    BotsContract,
     ClosedStorageContract,
     StorageContract,
 )
@@ -27,6 +28,7 @@ from fsm_ray.testing.writer import MakeStore  # noqa: E402
 __all__ = [
     "AnyStorage",
     "Blocking",
+    "BotsContract",
     "ClosedStorageContract",
     "ExclusiveStoreConformance",
     "MakeStore",

@@ -9,8 +9,9 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from decimal import Decimal
 from types import TracebackType
 from typing import Any
@@ -150,27 +151,6 @@ class StorageContract:
             storage.init(bot, options)
 
         assert storage.get_state(bot, key) == State(state="kept")
-
-    def test_bots_have_records_of_their_own(self, storage: AnyStorage, bot: str, key: Any) -> None:
-        other = f"{bot}.other"
-        storage.init(other)
-        try:
-            storage.set_state(bot, key, State(state="here"))
-
-            assert storage.get_state(other, key) is None
-        finally:
-            storage.drop(other)
-
-    def test_a_bot_is_listed_from_init_to_drop(self, storage: AnyStorage, bot: str) -> None:
-        listed = f"{bot}.listed"
-        before = storage.bots()
-        storage.init(listed, shards=2)
-        between = storage.bots()
-        storage.drop(listed)
-
-        assert (listed in before, between.count(listed), listed in storage.bots()) == (False, 1, False)
-        assert bot in between
-        assert between == sorted(between)
 
     # ExGram FSM: get_state and set_state
 
@@ -1017,34 +997,6 @@ class StorageContract:
         with pytest.raises(UnknownBot):
             storage.describe(f"{bot}.bad")
 
-    def test_a_bot_that_refuses_pickle_takes_plain_values_only(
-        self, storage: AnyStorage, bot: str, key: Any
-    ) -> None:
-        strict = f"{bot}.strict"
-        storage.init(strict, BotOptions(allow_pickle=False))
-        try:
-            storage.set_data(strict, key, {"plain": (1, "two")})
-
-            with pytest.raises(PickleNotAllowed, match="allow_pickle"):
-                storage.update_data(strict, key, {"complex": 1j})
-            assert storage.get_data(strict, key) == {"plain": (1, "two")}
-        finally:
-            storage.drop(strict)
-
-    def test_a_dropped_bot_is_unknown_and_can_be_made_again(
-        self, storage: AnyStorage, bot: str, key: Any
-    ) -> None:
-        fleeting = f"{bot}.fleeting"
-        storage.init(fleeting)
-        storage.set_state(fleeting, key, State(state="a"))
-        storage.drop(fleeting)
-
-        with pytest.raises(UnknownBot):
-            storage.get_state(fleeting, key)
-        storage.init(fleeting, shards=2)
-        assert storage.get_state(fleeting, key) is None
-        storage.drop(fleeting)
-
     # Concurrency
 
     def test_concurrent_updates_never_lose_each_others_fields(
@@ -1087,6 +1039,62 @@ class StorageContract:
 
         with ThreadPoolExecutor(8) as pool:
             assert all(pool.map(write_and_read, range(8)))
+
+
+class BotsContract:
+    """What `init`, `bots` and `drop` promise: by Ray calls, whatever the transport of operations."""
+
+    @pytest.fixture
+    def storage(self) -> AnyStorage:
+        """The storage under test."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def bot(self) -> str:
+        """The name of an initialised bot that stays."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def other(self, storage: AnyStorage, bot: str) -> Iterator[str]:
+        """The name of a bot that a test makes."""
+        name = f"{bot}.other"
+        yield name
+        with suppress(UnknownBot):
+            storage.drop(name)
+
+    def test_bots_have_records_of_their_own(self, storage: AnyStorage, bot: str, other: str) -> None:
+        storage.init(other)
+
+        storage.set_state(bot, "of a bot", State(state="here"))
+
+        assert storage.get_state(other, "of a bot") is None
+
+    def test_a_bot_is_listed_from_init_to_drop(self, storage: AnyStorage, bot: str, other: str) -> None:
+        before = storage.bots()
+        storage.init(other, shards=2)
+        between = storage.bots()
+        storage.drop(other)
+
+        assert (other in before, between.count(other), other in storage.bots()) == (False, 1, False)
+        assert bot in between
+        assert between == sorted(between)
+
+    def test_a_dropped_bot_is_unknown_and_can_be_made_again_as_one_that_refuses_pickle(
+        self, storage: AnyStorage, other: str
+    ) -> None:
+        storage.init(other)
+        storage.set_data(other, 1, {"complex": 1j})
+        storage.drop(other)
+        with pytest.raises(UnknownBot):
+            storage.get_state(other, 1)
+
+        storage.init(other, BotOptions(allow_pickle=False))
+
+        assert storage.get_state(other, 1) is None
+        storage.set_data(other, 1, {"plain": (1, "two")})
+        with pytest.raises(PickleNotAllowed, match="allow_pickle"):
+            storage.update_data(other, 1, {"complex": 1j})
+        assert storage.get_data(other, 1) == {"plain": (1, "two")}
 
 
 class ClosedStorageContract:
