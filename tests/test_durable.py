@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +265,7 @@ def test_a_rocksdb_bot_waits_for_its_node_and_says_where_its_records_lie(
         os.kill(described.pid, signal.SIGKILL)
 
         with ThreadPoolExecutor(2) as pool:
-            operations = [
+            operations: list[Future[Any]] = [
                 pool.submit(impatient.get_state, bot_name, KEY),
                 pool.submit(impatient.init, bot_name, **options),
             ]
