@@ -409,6 +409,41 @@ class TestSharing:
         assert loaded == {"bad": "\ud800", "good": 1, "other": 1}
         assert await make().get_user_data() == {1: {"good": 1, "other": 1}}
 
+    async def test_what_a_refresh_brings_after_data_was_copied_is_not_taken_for_removed(
+        self, make: Make
+    ) -> None:
+        persistence, data = make(), {"mine": 1}
+        saving = persistence.update_user_data(1, data.copy())  # to be run as the next task
+        await make().update_user_data(1, {"theirs": 1})
+        await persistence.refresh_user_data(1, data)
+        await saving
+
+        assert data == {"mine": 1, "theirs": 1}
+        assert await make().get_user_data() == {1: data}
+
+    async def test_what_a_refresh_brings_while_data_is_saved_is_not_taken_for_ours(
+        self, make: Make, storage: BrokenStorage
+    ) -> None:
+        persistence, other, data, theirs = make(), make(), {"mine": 1}, {"theirs": 1}
+        set_state = storage.set_state
+
+        async def raced(*args: Any, **settings: Any) -> int:
+            version = await set_state(*args, **settings)
+            del storage.set_state
+            await other.update_user_data(1, theirs)
+            await persistence.refresh_user_data(1, data)
+            return version
+
+        storage.set_state = raced  # type: ignore[method-assign]
+        await persistence.update_user_data(1, data.copy())
+        brought = data.copy()
+        await other.update_user_data(1, {"theirs": 2})
+        data["more"] = 1
+        await persistence.update_user_data(1, data.copy())
+
+        assert brought == {"mine": 1, "theirs": 1}
+        assert await make().get_user_data() == {1: {"mine": 1, "theirs": 2, "more": 1}}
+
     async def test_what_moved_to_another_chat_is_stored_before_it_goes(
         self, make: Make, storage: BrokenStorage, bot_name: str
     ) -> None:
@@ -498,7 +533,7 @@ def build(
 
 
 async def begin(
-    persistence: RayPersistence, *handlers: Any, kind: type[Any] = RayApplication
+    persistence: BasePersistence[Any, Any, Any], *handlers: Any, kind: type[Any] = RayApplication
 ) -> Application[Any, Any, Any, Any, Any, Any]:
     """An application that works, and that a test may leave as a killed process does."""
     application = build(persistence, kind)

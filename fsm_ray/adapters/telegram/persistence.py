@@ -11,7 +11,7 @@ writes at the end of each update, and reads them as it begins.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Hashable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Hashable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -139,21 +139,21 @@ class RayPersistence(BasePersistence[Any, Any, Any]):
             if isinstance(found.key, tuple)
         }
 
-    async def update_user_data(self, user_id: int, data: Any) -> None:
+    def update_user_data(self, user_id: int, data: Any) -> Coroutine[Any, Any, None]:
         """Store the fields of the user's data that were changed or removed."""
-        await self._save(("user", user_id), data)
+        return self._save(("user", user_id), data)
 
-    async def update_chat_data(self, chat_id: int, data: Any) -> None:
+    def update_chat_data(self, chat_id: int, data: Any) -> Coroutine[Any, Any, None]:
         """Store the fields of the chat's data that were changed or removed."""
-        await self._save(("chat", chat_id), data)
+        return self._save(("chat", chat_id), data)
 
-    async def update_bot_data(self, data: Any) -> None:
+    def update_bot_data(self, data: Any) -> Coroutine[Any, Any, None]:
         """Store the fields of the bot's data that were changed or removed."""
-        await self._save(BOT, data)
+        return self._save(BOT, data)
 
-    async def update_callback_data(self, data: CallbackData) -> None:
+    def update_callback_data(self, data: CallbackData) -> Coroutine[Any, Any, None]:
         """Store which buttons were sent and pressed, and forget those that were dropped."""
-        await self._save(CALLBACK, callback_fields(data))
+        return self._save(CALLBACK, callback_fields(data))
 
     async def update_conversation(self, name: str, key: ConversationKey, new_state: object | None) -> None:
         """Store the conversation's state; None, or `END`, ends it.
@@ -261,24 +261,30 @@ class RayPersistence(BasePersistence[Any, Any, Any]):
         self._loaded[key] = _Loaded(version, _forms(stored))
 
     def _loaded_of(self, key: RecordKey) -> _Loaded:
-        return self._loaded.get(key) or _Loaded(0, _forms(self._defaults(key)))
+        if key not in self._loaded:
+            self._loaded[key] = _Loaded(0, _forms(self._defaults(key)))
+        return self._loaded[key]
 
     def _defaults(self, key: RecordKey) -> dict[str, Any]:
         """The fields of data that nobody has changed."""
         return by_encoded_name(self._new[key[0]]())
 
-    async def _save(self, key: RecordKey, data: Any) -> None:
+    def _save(self, key: RecordKey, data: Any) -> Coroutine[Any, Any, None]:
+        # Not in the coroutine: the application copies the data as it calls, and until the coroutine's task
+        # begins, a refresh may load fields that the copy lacks. They would be taken for removed.
+        return self._save_since(self._loaded_of(key), key, data)
+
+    async def _save_since(self, loaded: _Loaded, key: RecordKey, data: Any) -> None:
         saved = asyncio.get_running_loop().create_future()
         self._saving.add(saved)
         try:
-            await self._save_changes(key, data)
+            await self._save_changes(loaded, key, data)
         finally:
             self._saving.remove(saved)
             saved.set_result(None)
 
-    async def _save_changes(self, key: RecordKey, data: Any) -> None:
+    async def _save_changes(self, loaded: _Loaded, key: RecordKey, data: Any) -> None:
         """Write the changed fields over the record as it is now, again until nobody was faster."""
-        loaded = self._loaded_of(key)
         changed = _changes(loaded, data)
         if not changed:
             return
@@ -287,9 +293,13 @@ class RayPersistence(BasePersistence[Any, Any, Any]):
             version = await self._write(key, fields, loaded.version)
         except VersionConflict:
             await self._merge(key, {name: fields.get(name, _REMOVED) for name in changed})
-            # What others wrote is not in the application's memory: the next refresh is to bring it.
             version = loaded.version
-        self._loaded[key] = _Loaded(version, _forms(fields))
+        now = self._loaded_of(key)
+        kept = {name: form for name, form in now.fields.items() if name not in changed}
+        kept |= _forms({name: fields[name] for name in changed & fields.keys()})
+        # What others wrote, or a refresh loaded meanwhile, need not be in the application's memory, or all of
+        # it: the next refresh is to bring it, and finds a later version than this.
+        self._loaded[key] = _Loaded(version if now is loaded else loaded.version, kept)
 
     async def _merge(self, key: RecordKey, changes: dict[str, Any]) -> None:
         is_done = False
