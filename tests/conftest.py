@@ -16,7 +16,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from fsm_ray import Storage
-from fsm_ray.errors import UnknownBot
+from fsm_ray.errors import UnknownBot, ValueNotDecodable
 
 DEADLINE_S = 60.0
 
@@ -106,10 +106,17 @@ class Bots:
             name, store=f"{store}://{'' if store == 'memory' else self.directory}", shards=shards
         )
         self._names.add(name)
-        for found in self._storage.scan(name):
-            self._storage.clear(name, found.key)
+        self._empty(name)
         eventually(lambda: not self._is_anybody_at(name), f"nobody is at {name} any more")
         return name
+
+    def _empty(self, name: str) -> None:
+        try:
+            for found in self._storage.scan(name):
+                self._storage.clear(name, found.key)
+        except ValueNotDecodable as error:
+            self._storage.clear(name, error.key)
+            self._empty(name)
 
     def drop_all(self) -> None:
         for name in self._names:

@@ -15,7 +15,6 @@ import threading
 import types
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,7 +48,7 @@ from fsm_ray.routing.pulse import Pulse
 from fsm_ray.routing.turns import LoopTurns
 from fsm_ray.testing import AnyStorage, Blocking
 from fsm_ray.turn import Turn
-from tests.conftest import DEADLINE_S, eventually
+from tests.conftest import DEADLINE_S, Bots, eventually
 from tests.test_contract import KINDS
 
 pytestmark = pytest.mark.ray
@@ -604,27 +603,27 @@ def test_a_worker_killed_while_it_waits_is_passed_over(
     ],
 )
 def test_turns_of_a_killed_actor_are_lost_and_those_that_wait_go_on(
-    *, admin: Storage, bot_name: str, pool: ThreadPoolExecutor, tmp_path: Path, kind: str, store: str
+    *, admin: Storage, bots: Bots, pool: ThreadPoolExecutor, kind: str, store: str
 ) -> None:
-    admin.init(bot_name, store="memory://" if store == "memory" else f"rocksdb://{tmp_path}")
+    bot = bots.emptied(store=store)
 
     def be_overtaken(storage: AnyStorage) -> None:
-        with storage.turn(bot_name, "key") as turn:
+        with storage.turn(bot, "key") as turn:
             turn.update_data(lost=True)
-            waiting = pool.submit(increment, storage, "key", bot_name, 10)
-            until_waiting(admin, 1, bot_name)
-            os.kill(admin.describe(bot_name).shards[0].pid, signal.SIGKILL)
+            waiting = pool.submit(increment, storage, "key", bot, 10)
+            until_waiting(admin, 1, bot)
+            os.kill(admin.describe(bot).shards[0].pid, signal.SIGKILL)
             waiting.result(DEADLINE_S)
 
     with made(kind, timeout_s=30) as storage:
-        increment(storage, "key", bot_name)
+        increment(storage, "key", bot)
         with pytest.raises(TurnLost, match="handle the update again") as raised:
             be_overtaken(storage)
 
-        assert (raised.value.bot, raised.value.key) == (bot_name, "key")
-        assert storage.get_data(bot_name, "key") == {"n": 10 if store == "memory" else 11}
-        increment(storage, "key", bot_name)
-        assert nothing_is_left(admin, bot_name)
+        assert (raised.value.bot, raised.value.key) == (bot, "key")
+        assert storage.get_data(bot, "key") == {"n": 10 if store == "memory" else 11}
+        increment(storage, "key", bot)
+        assert nothing_is_left(admin, bot)
 
 
 def _is_sign_of_life(request: bytes, session: bytes) -> bool:
@@ -720,22 +719,20 @@ def test_an_update_that_leaves_no_record_or_changes_none_is_remembered(
     assert (before is None) == (is_new or step is Turn.clear_flow)
 
 
-def test_an_update_is_remembered_by_a_durable_bot_that_was_killed(
-    admin: Storage, bot_name: str, tmp_path: Path
-) -> None:
-    admin.init(bot_name, store=f"rocksdb://{tmp_path}")
+def test_an_update_is_remembered_by_a_durable_bot_that_was_killed(admin: Storage, bots: Bots) -> None:
+    bot = bots.emptied(store="rocksdb")
     for key in ("kept", "cleared"):
-        with admin.turn(bot_name, key, update_id=7) as turn:
+        with admin.turn(bot, key, update_id=7) as turn:
             turn.update_data(n=1)
-    with admin.turn(bot_name, "cleared", update_id=8) as turn:
+    with admin.turn(bot, "cleared", update_id=8) as turn:
         turn.clear_flow()
-    os.kill(admin.describe(bot_name).shards[0].pid, signal.SIGKILL)
+    os.kill(admin.describe(bot).shards[0].pid, signal.SIGKILL)
 
     for key in ("kept", "cleared"):
-        with admin.turn(bot_name, key, update_id=7) as turn:
+        with admin.turn(bot, key, update_id=7) as turn:
             assert turn.was_handled
-    assert admin.get_data(bot_name, "kept") == {"n": 1}
-    assert admin.get_state(bot_name, "cleared") is None
+    assert admin.get_data(bot, "kept") == {"n": 1}
+    assert admin.get_state(bot, "cleared") is None
 
 
 @pytest.mark.parametrize("update_id", [-1, 1 << 63, True, "1", 1.0])
@@ -794,24 +791,24 @@ def test_a_turn_that_changes_nothing_renews_an_idle_conversation(admin: Storage,
 
 
 def test_a_record_that_cannot_be_decoded_here_is_told_to_who_waited_too_and_frees_the_conversation(
-    admin: Storage, kind: str, bot_name: str, pool: ThreadPoolExecutor
+    admin: Storage, kind: str, bots: Bots, pool: ThreadPoolExecutor
 ) -> None:
     module = types.ModuleType("fsm_ray_tests_gone")
     exec("class Pizza: pass", vars(module))  # a class that can be taken away
-    admin.init(bot_name)
+    bot = bots.emptied()
     with made(kind) as storage:
-        with storage.turn(bot_name, "key"):
+        with storage.turn(bot, "key"):
             sys.modules[module.__name__] = module
-            admin.set_data(bot_name, "key", {"dish": module.Pizza()})
+            admin.set_data(bot, "key", {"dish": module.Pizza()})
             del sys.modules[module.__name__]
-            waiting = pool.submit(increment, storage, "key", bot_name)
-            until_waiting(admin, 1, bot_name)
+            waiting = pool.submit(increment, storage, "key", bot)
+            until_waiting(admin, 1, bot)
         with pytest.raises(ValueNotDecodable, match=module.__name__):
             waiting.result(AT_ONCE_S)
         with pytest.raises(ValueNotDecodable, match=module.__name__):
-            increment(storage, "key", bot_name)
+            increment(storage, "key", bot)
 
-        eventually(lambda: nothing_is_left(admin, bot_name), "no turn is left")
+        eventually(lambda: nothing_is_left(admin, bot), "no turn is left")
 
 
 def test_a_storage_takes_its_flows_into_a_task_also_those_that_cannot_be_imported_there(
