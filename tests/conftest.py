@@ -37,13 +37,14 @@ SLOWEST_FIRST = (
     "test_telegram_upstream.py",
     "test_cli.py",
     "test_demo.py",
+    "test_durable.py",
     "test_cluster.py",
     "test_bench.py",
     "test_contract.py",
     "test_across.py",
     "test_turns.py",
     "test_chaos.py",
-    "test_durable.py",
+    "test_store_conformance.py",
 )
 """Files that take the longest: begun late, they would keep one worker busy while the others have none."""
 
