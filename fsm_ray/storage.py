@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, TypeVar, overload
 
 from fsm_ray import across
 from fsm_ray.across import By, Change, Conversation, Position
-from fsm_ray.errors import InvalidInput, StorageClosed
+from fsm_ray.errors import FsmRayError, InvalidInput, StorageClosed
 from fsm_ray.flows import Flow, FlowRules, Policy
 from fsm_ray.options import BotOptions, check_bot_name, make_options
 from fsm_ray.protocol import ContentView, RecordView, state_of
@@ -608,6 +608,7 @@ class AsyncStorage(_Facade):
         self._here = _NOWHERE
         self._loops: dict[asyncio.AbstractEventLoop, dict[str, LoopBot]] = {}
         self._keepers: dict[asyncio.AbstractEventLoop, asyncio.Task[None]] = {}
+        self._searches: dict[tuple[asyncio.AbstractEventLoop, str], asyncio.Task[LoopBot]] = {}
 
     async def init(self, bot_name: str, options: BotOptions | None = None, **changes: Any) -> None:
         """See `Storage.init`."""
@@ -873,7 +874,7 @@ class AsyncStorage(_Facade):
     def leave_parent(self) -> None:
         """Forget the loops and connections of the process that this one was forked from."""
         self._here = _NOWHERE
-        self._loops, self._keepers = {}, {}
+        self._loops, self._keepers, self._searches = {}, {}, {}
 
     async def _keep(self, loop: asyncio.AbstractEventLoop, bots: dict[str, LoopBot]) -> None:
         """Close the loop's connections when the loop ends, which cancels its tasks, or the storage closes."""
@@ -890,18 +891,33 @@ class AsyncStorage(_Facade):
         return self._bots().get(bot_name) or await self._resolve(bot_name)
 
     async def _resolve(self, bot_name: str) -> LoopBot:
+        """Find the bot; those who want it at the same time wait for one search, and so keep their order."""
         check_bot_name(bot_name)
-        options = await self._in_thread(self._directory.options, bot_name)
-        bots = self._bots()
-        if bot_name not in bots:
-            bots[bot_name] = LoopBot(
-                self._directory,
-                Route(bot_name, options),
-                self._timeout_s,
-                lambda: self._forget(bots, bot_name),
-                by_socket=self._transport == "auto",
-            )
-        return bots[bot_name]
+        self._check_open()
+        search = asyncio.get_running_loop(), bot_name
+        if search not in self._searches:
+            self._searches[search] = search[0].create_task(self._search(bot_name))
+        # Who is cancelled stops waiting; the others do not.
+        try:
+            return await asyncio.shield(self._searches[search])
+        except FsmRayError as error:
+            raise error.copied() from error
+
+    async def _search(self, bot_name: str) -> LoopBot:
+        try:
+            options = await self._in_thread(self._directory.options, bot_name)
+            bots = self._bots()
+            if bot_name not in bots:
+                bots[bot_name] = LoopBot(
+                    self._directory,
+                    Route(bot_name, options),
+                    self._timeout_s,
+                    lambda: self._forget(bots, bot_name),
+                    by_socket=self._transport == "auto",
+                )
+            return bots[bot_name]
+        finally:
+            self._searches.pop((asyncio.get_running_loop(), bot_name), None)
 
     def _forget(self, bots: dict[str, LoopBot], bot_name: str) -> None:
         self._directory.forget(bot_name)

@@ -483,6 +483,23 @@ async def test_more_than_a_shard_lets_wait_are_refused_and_the_others_are_served
         assert await storage.get_data(BOT, key) == {"n": MAX_WAITERS}
 
 
+async def test_turns_begun_at_once_on_a_new_storage_come_in_their_order(
+    admin: Storage, key: Hashable
+) -> None:
+    async def take(storage: AsyncStorage, number: int, order: list[int]) -> None:
+        async with storage.turn(BOT, key):
+            order.append(number)
+
+    for _ in range(
+        10
+    ):  # it has first to find the bot, in a thread: what is begun meanwhile must not overtake
+        order: list[int] = []
+        async with AsyncStorage() as storage:
+            await asyncio.gather(*(take(storage, number, order) for number in range(4)))
+
+        assert order == [0, 1, 2, 3]
+
+
 # Whoever is gone lets go
 
 
