@@ -28,7 +28,14 @@ from fsm_ray.demo.feeder import Feeder
 from fsm_ray.demo.reference import Records, reference_records
 from fsm_ray.demo.report import Report, count_states, find_differences
 from fsm_ray.demo.updates import Conversation, generate_updates, read_updates, write_updates
-from fsm_ray.errors import ConfigurationError, InvalidInput, NamespaceUnavailable, RayUnreachable, UnknownBot
+from fsm_ray.errors import (
+    ConfigurationError,
+    FsmRayError,
+    InvalidInput,
+    NamespaceUnavailable,
+    RayUnreachable,
+    UnknownBot,
+)
 from fsm_ray.options import HEAD_NODE, redacted
 from fsm_ray.routing.directory import BotDescription
 from fsm_ray.storage import Storage
@@ -188,42 +195,53 @@ def _ray(config: DemoConfig, display: Display) -> Iterator[None]:
         return
     try:
         with display.stage("Ray") as stage:
-            was_started = _attach(config.address, config.workers)
+            was_started = _attach(config)
             address = ray.get_runtime_context().gcs_address
             stage.note("started for this run" if was_started else f"found at {address}")
-        if config.keep and was_started:
-            raise ConfigurationError(
-                "there is no Ray to keep the bot on: start one with `ray start --head`, or leave --keep out"
-            )
         yield
     finally:
         ray.shutdown()
 
 
-def _attach(address: str | None, cpus: int) -> bool:
+def _attach(config: DemoConfig) -> bool:
     """Attach to the Ray at the address, to one on this machine, or to a new one; True if it is new."""
     try:
-        if address != "local":
-            _probe(address or "auto")
-            try:
-                ray.init(address=address or "auto", logging_level=logging.ERROR, log_to_driver=False)
-            except ConnectionError:
-                if address is not None:
-                    raise
-            else:
-                return False
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
+        if config.address != "local" and _is_found(config.address):
+            return False
+        _start(config)
+    except FsmRayError:
+        raise
     except Exception as error:  # ray.init raises Exception itself when its processes do not come up
         # The last line of the cause tells, for one, that this Ray wants a token (RAY_AUTH_MODE=token).
         reason = str(error.__cause__ or error).strip().splitlines()[-1]
-        raise RayUnreachable(f"no Ray at {address or 'this machine'}: {reason}") from error
+        raise RayUnreachable(f"no Ray at {config.address or 'this machine'}: {reason}") from error
     return True
+
+
+def _is_found(address: str | None) -> bool:
+    """Attach to a Ray that runs; False where none was named and none is there."""
+    _probe(address or "auto")
+    try:
+        ray.init(address=address or "auto", logging_level=logging.ERROR, log_to_driver=False)
+    except ConnectionError:
+        if address is not None:
+            raise
+        return False
+    return True
+
+
+def _start(config: DemoConfig) -> None:
+    if config.keep:
+        raise ConfigurationError(
+            "there is no Ray to keep the bot on: start one with `ray start --head`, or leave --keep out"
+        )
+    ray.init(
+        address="local",
+        num_cpus=config.workers,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
 
 
 def _probe(address: str) -> None:
