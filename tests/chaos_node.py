@@ -75,10 +75,17 @@ def main() -> None:
 @contextlib.contextmanager
 def two_nodes() -> Iterator[Any]:
     """A Ray of two nodes, this process on the first; the value is the other."""
-    head = {"num_cpus": 2, "include_dashboard": False, "_system_config": SYSTEM_CONFIG}
+    # No more processes than need be: Ray starts a worker for each CPU, and the bot's actors claim none.
+    head = {
+        "num_cpus": 0,
+        "include_dashboard": False,
+        "include_log_monitor": False,
+        "no_monitor": True,
+        "_system_config": SYSTEM_CONFIG,
+    }
     nodes = Cluster(initialize_head=True, head_node_args=head)
     try:
-        node = nodes.add_node(num_cpus=2)
+        node = nodes.add_node(num_cpus=0)
         ray.init(address=nodes.address, log_to_driver=False)
         yield node
     finally:

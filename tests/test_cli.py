@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,16 +17,17 @@ import pytest
 import ray
 
 import fsm_ray
-from fsm_ray import bench, cli
+from fsm_ray import State, bench, cli
 from fsm_ray.bench import BenchConfig
 from fsm_ray.bench.figures import Figure
 from fsm_ray.bench.results import Cell, Kills, Machine, Race, Report
-from fsm_ray.demo import crew as demo_crew
+from fsm_ray.demo import run as demo_run
+from fsm_ray.demo.report import Difference
+from fsm_ray.demo.report import Report as DemoReport
 from fsm_ray.demo.updates import generate_updates, write_updates
 from fsm_ray.errors import ConfigurationError, FsmRayError, NamespaceUnavailable, UnknownBot
 
 from .conftest import DEADLINE_S, RayCluster, eventually
-from .test_demo import first_start, losing
 
 COMMAND = str(Path(sys.executable).with_name("fsm-ray"))
 
@@ -263,13 +265,53 @@ main()
         assert result.stderr.endswith("pip install 'fsm-ray[aiogram]'\n")
         assert result.stderr.count("\n") == 1
 
-    @pytest.mark.slow
-    def test_an_address_where_nothing_listens_is_told_at_once(self) -> None:
-        result = run_command("demo", "--updates", "10", "--address", "127.0.0.1:9")
+    @pytest.mark.usefixtures("no_ray")
+    def test_an_address_where_nothing_listens_is_told_at_once(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code = run_here(monkeypatch, "demo", "--updates", "10", "--address", "127.0.0.1:9")
+        told = capsys.readouterr().err
 
-        assert result.returncode == cli.EXIT_UNAVAILABLE
-        assert result.stderr.startswith("fsm-ray: no Ray at 127.0.0.1:9: ")
-        assert result.stderr.count("\n") == 1
+        assert code == cli.EXIT_UNAVAILABLE
+        assert told.startswith("fsm-ray: no Ray at 127.0.0.1:9: ")
+        assert told.count("\n") == 1
+
+    @pytest.mark.usefixtures("no_ray")
+    def test_no_ray_is_started_to_keep_a_bot_on(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code = run_here(monkeypatch, "demo", "--address", "local", "--updates", "10", "--keep")
+
+        assert code == cli.EXIT_USAGE
+        assert "there is no Ray to keep the bot on" in capsys.readouterr().err
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is attached to no Ray, and starts none."""
+
+    def init(*_: Any, **__: Any) -> None:
+        pytest.fail("Ray was asked")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+
+
+def test_conversations_that_differ_are_told_and_end_the_demo_with_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = Difference("Ann", expected=State(state="Registration:age"), found=None)
+    counts = {field.name: 1 for field in dataclasses.fields(DemoReport)} | {"failed_updates": 0}
+    facts: dict[str, Any] = counts | {"stray_records": 0, "restarted_empty": (), "states": {"done": 1}}
+    report = DemoReport(**facts | {"differences": (lost,)})
+    monkeypatch.setattr(demo_run, "run", lambda config, console: report)
+    code = run_here(monkeypatch, "demo")
+    output = capsys.readouterr().out
+
+    assert code == cli.EXIT_FAILED
+    assert "1 of 1 conversation differ from one worker over aiogram's MemoryStorage:" in output
+    assert "  Ann: no record, expected Registration:age" in output
 
 
 @pytest.fixture
@@ -294,52 +336,23 @@ def processes_of(ray_directory: str) -> list[str]:
 @pytest.mark.ray
 @pytest.mark.slow
 class TestDemo:
-    def test_with_a_ray_of_its_own_all_conversations_agree_and_nothing_is_left(
-        self, ray_directory: str
-    ) -> None:
-        result = run_command(
-            *("demo", "--address", "local", "--updates", "300", "--workers", "2"), RAY_TMPDIR=ray_directory
-        )
-
-        assert result.returncode == 0
-        assert "conversations agree with one worker over aiogram's MemoryStorage." in result.stdout
-        assert "Registration:done" in result.stdout
-        assert "Traceback" not in result.stdout + result.stderr
-        eventually(lambda: not processes_of(ray_directory), "the demo's Ray has ended")
-
-    def test_a_bot_cannot_be_kept_on_a_ray_that_ends(self, ray_directory: str) -> None:
-        result = run_command(
-            *("demo", "--address", "local", "--updates", "10", "--keep"), RAY_TMPDIR=ray_directory
-        )
-
-        assert result.returncode == cli.EXIT_USAGE
-        assert "there is no Ray to keep the bot on" in result.stderr
-        eventually(lambda: not processes_of(ray_directory), "the demo's Ray has ended")
-
-    def test_updates_are_read_from_a_file_and_json_is_all_that_is_on_stdout(
-        self, cluster: RayCluster, tmp_path: Path
+    def test_with_a_ray_of_its_own_a_file_is_served_the_report_is_json_and_nothing_is_left(
+        self, ray_directory: str, tmp_path: Path
     ) -> None:
         path = tmp_path / "updates.jsonl"
         write_updates(path, generate_updates(123, seed=5))
+        few = ("--workers", "1", "--shards", "1")  # each is a process, and imports aiogram
         result = run_command(
-            *("demo", "--address", cluster.address, "--file", str(path), "--workers", "1", "--json")
+            *("demo", "--address", "local", "--file", str(path), *few, "--json"), RAY_TMPDIR=ray_directory
         )
         report = json.loads(result.stdout)
 
         assert result.returncode == 0
         assert (report["agrees"], report["updates"], report["differences"]) == (True, 123, [])
-
-    def test_a_lost_update_ends_it_with_the_keys_that_differ(
-        self, cluster: RayCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        key, update_id = first_start(list(generate_updates(300, seed=9)))
-        monkeypatch.setattr(demo_crew, "handle", losing(update_id))
-        code = run_here(monkeypatch, "demo", "--updates", "300", "--seed", "9", "--workers", "1")
-        output = capsys.readouterr().out
-
-        assert code == cli.EXIT_FAILED
-        assert "conversations differ from one worker over aiogram's MemoryStorage:" in output
-        assert f"  {key}: no record, expected Registration:" in output
+        assert report["states"]["Registration:done"] > 0
+        assert "conversations agree with one worker over aiogram's MemoryStorage." in result.stderr
+        assert "Traceback" not in result.stderr
+        eventually(lambda: not processes_of(ray_directory), "the demo's Ray has ended")
 
     def test_ctrl_c_leaves_no_actors(self, cluster: RayCluster) -> None:
         def bots() -> list[str]:
@@ -347,13 +360,13 @@ class TestDemo:
             return [name for name in names if name.startswith("demo-")]
 
         demo = subprocess.Popen(
-            [COMMAND, "demo", "--address", cluster.address, "--updates", "50000"],
+            [COMMAND, "demo", "--address", cluster.address, "--workers", "1", "--shards", "1"],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONFAULTHANDLER": "1"},
         )
-        eventually(lambda: len(bots()) == 2, "the demo has made its bot")
+        eventually(lambda: len(bots()) == 1, "the demo has made its bot")
         demo.send_signal(signal.SIGINT)
         try:
             _, told = demo.communicate(timeout=DEADLINE_S)

@@ -380,7 +380,7 @@ class TestReport:
 
 def run_on(cluster: RayCluster, **changes: Any) -> Report:
     """What a small run on the tests' Ray comes to."""
-    config = DemoConfig(address=cluster.address, **({"updates": 600, "workers": 2} | changes))
+    config = DemoConfig(address=cluster.address, **({"updates": 600, "workers": 1, "shards": 1} | changes))
     return run(config, Console(file=io.StringIO()))
 
 
@@ -395,36 +395,20 @@ def printed(report: Report) -> str:
     return output.getvalue()
 
 
-def first_start(updates: list[JSON]) -> tuple[Any, int]:
-    """A conversation that has a record in the end and began only once, and the update that began it."""
+def started_once(updates: list[JSON]) -> list[tuple[Any, int]]:
+    """Conversations that have a record in the end and began only once, and the updates that began them."""
     records = asyncio.run(reference_records(updates, lambda _: None))
     began_once = {key for key, record in records.items() if record.data["starts"] == 1}
     starts = [update for update in updates if update.get("message", {}).get("text", "").startswith("/start")]
-    update = next(each for each in starts if Conversation().extract(each) in began_once)
-    return Conversation().extract(update), update["update_id"]
+    found = [(Conversation().extract(update), update["update_id"]) for update in starts]
+    return [(key, update_id) for key, update_id in found if key in began_once]
 
 
-def losing(update_id: int) -> Callable[[str, Batch], Any]:
-    """A worker that does all but this."""
-
-    def handle(bot_name: str, batch: Batch) -> Any:
-        return demo_worker.handle(
-            bot_name,
-            Batch(
-                {
-                    key: [update for update in updates if update["update_id"] != update_id]
-                    for key, updates in batch.updates.items()
-                }
-            ),
-        )
-
-    return handle
+# What workers are to call is made in functions, so it travels by value: they need not import this file.
 
 
-@pytest.fixture
-def once(tmp_path: Path) -> Callable[[], bool]:
+def once(path: Path) -> Callable[[], bool]:
     """True for whoever calls it first, in whatever process."""
-    path = str(tmp_path / "called")
 
     def is_first() -> bool:
         try:
@@ -436,48 +420,105 @@ def once(tmp_path: Path) -> Callable[[], bool]:
     return is_first
 
 
+def killing_a_shard(path: Path) -> Callable[[str], None]:
+    """Kills the first shard of a bot, once."""
+    is_first = once(path)
+
+    def kill(bot_name: str) -> None:
+        if is_first():
+            with Storage() as storage:
+                os.kill(storage.describe(bot_name).shards[0].pid, signal.SIGKILL)
+
+    return kill
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 class TestRuns:
-    def test_many_workers_arrive_where_one_does(self, cluster: RayCluster) -> None:
-        report = run_on(cluster, updates=1_500, workers=4)
+    """A process that imports aiogram costs seconds: there are few runs, and no more workers than need be."""
 
-        assert report.agrees
-        assert (report.updates, report.lost_workers, report.shards) == (1_500, 0, 2)
-        assert report.handovers > 50
-        assert sum(report.states.values()) == report.conversations
-        assert f"All {report.conversations} conversations agree" in printed(report)
-        assert bots(cluster) == set()
-
-    def test_a_bot_that_is_to_be_kept_stays_with_its_records(
+    def test_many_workers_arrive_where_one_does_and_a_bot_that_is_to_be_kept_stays(
         self, cluster: RayCluster, tmp_path: Path
     ) -> None:
-        report = run_on(cluster, keep=True, store=f"rocksdb://{tmp_path}")
+        report = run_on(cluster, workers=2, shards=2, keep=True, store=f"rocksdb://{tmp_path}")
         with Storage() as storage:
             shards = storage.describe(report.bot_name).shards
             storage.drop(report.bot_name)
 
+        assert report.agrees
+        assert (report.updates, report.lost_workers, report.shards) == (600, 0, 2)
+        assert report.handovers > 50
+        assert sum(report.states.values()) == report.conversations
+        assert f"All {report.conversations} conversations agree" in printed(report)
         kept = report.conversations - report.states["no record"]
         assert sum(shard.statistics.records for shard in shards) == kept
 
-    def test_a_killed_worker_changes_nothing(
-        self, cluster: RayCluster, once: Callable[[], bool], monkeypatch: pytest.MonkeyPatch
+    def test_a_killed_worker_and_a_killed_shard_change_nothing(
+        self, cluster: RayCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        def handle_and_die(bot_name: str, batch: Batch) -> Any:
-            is_victim = once()
-            if is_victim:  # half of each conversation is handled, and nobody hears of it
-                batch = Batch({key: updates[:1] for key, updates in batch.updates.items()})
-            done = demo_worker.handle(bot_name, batch)
-            if is_victim:
+        is_first, kill_shard = once(tmp_path / "first"), killing_a_shard(tmp_path / "second")
+
+        def handle_and_kill(bot_name: str, batch: Batch) -> Any:
+            if is_first():  # half of each conversation is handled, and nobody hears of it
+                demo_worker.handle(bot_name, Batch({key: each[:1] for key, each in batch.updates.items()}))
                 os.kill(os.getpid(), signal.SIGKILL)
+            done = demo_worker.handle(bot_name, batch)
+            kill_shard(bot_name)
             return done
 
-        monkeypatch.setattr(demo_crew, "handle", handle_and_die)
+        monkeypatch.setattr(demo_crew, "handle", handle_and_kill)
         report = run_on(cluster)
 
+        assert (tmp_path / "second").exists()
         assert report.lost_workers == 1
         assert report.agrees
+        assert report.restarted_empty == ()
         assert "1 worker died" in printed(report)
+        assert bots(cluster) == set()
+
+    def test_a_killed_shard_in_memory_is_told_of_and_its_lost_records_too(
+        self, cluster: RayCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        kill_shard = killing_a_shard(tmp_path / "first")
+
+        def handle_and_kill(bot_name: str, batch: Batch) -> Any:
+            done = demo_worker.handle(bot_name, batch)
+            kill_shard(bot_name)
+            return done
+
+        monkeypatch.setattr(demo_crew, "handle", handle_and_kill)
+        report = run_on(cluster, store="memory://")
+
+        assert not report.agrees
+        assert report.restarted_empty == (0,)
+        assert report.differences
+        assert "the actor of shard 0 died and came back empty" in printed(report)
+
+    def test_updates_lost_and_handled_twice_are_found_and_a_record_that_nothing_called_for(
+        self, cluster: RayCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        is_first = once(tmp_path / "first")
+        lost, repeated = started_once(list(generate_updates(600, DemoConfig.seed)))[:2]
+
+        def part_of(batch: Batch, wanted: Callable[[JSON], bool]) -> Batch:
+            return Batch({key: [*filter(wanted, updates)] for key, updates in batch.updates.items()})
+
+        def handle_wrongly(bot_name: str, batch: Batch) -> Any:
+            done = demo_worker.handle(bot_name, part_of(batch, lambda each: each["update_id"] != lost[1]))
+            demo_worker.handle(bot_name, part_of(batch, lambda each: each["update_id"] == repeated[1]))
+            if is_first():
+                with Storage() as storage:
+                    storage.set_state(bot_name, "stray", State(state="stray"))
+            return done
+
+        monkeypatch.setattr(demo_crew, "handle", handle_wrongly)
+        report = run_on(cluster)
+
+        assert not report.agrees
+        assert {difference.key for difference in report.differences} == {lost[0], repeated[0]}
+        assert report.stray_records == 1
+        assert f"2 of {report.conversations} conversations differ" in printed(report)
+        assert "1 record too many" in printed(report)
 
     def test_workers_that_die_again_and_again_end_the_run(
         self, cluster: RayCluster, monkeypatch: pytest.MonkeyPatch
@@ -485,6 +526,7 @@ class TestRuns:
         def die(bot_name: str, batch: Batch) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
+        monkeypatch.setattr(demo_crew, "prepare", lambda sample: None)
         monkeypatch.setattr(demo_crew, "handle", die)
         monkeypatch.setattr(demo_crew, "_MAX_LOST", 2)
         with pytest.raises(ConfigurationError, match="3 workers died"):
@@ -504,75 +546,14 @@ class TestRuns:
 
         assert bots(cluster) == set()
 
-    def test_a_lost_update_is_found(self, cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-        key, update_id = first_start(list(generate_updates(600, DemoConfig.seed)))
-        monkeypatch.setattr(demo_crew, "handle", losing(update_id))
-        report = run_on(cluster)
-
-        assert not report.agrees
-        assert [difference.key for difference in report.differences] == [key]
-        assert f"1 of {report.conversations} conversations differ" in printed(report)
-
-    def test_an_update_handled_twice_is_found(
-        self, cluster: RayCluster, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def handle_twice(bot_name: str, batch: Batch) -> Any:
-            demo_worker.handle(bot_name, batch)
-            return demo_worker.handle(bot_name, batch)
-
-        monkeypatch.setattr(demo_crew, "handle", handle_twice)
-
-        assert run_on(cluster).differences
-
-    def test_a_record_that_nothing_called_for_is_found(
-        self, cluster: RayCluster, once: Callable[[], bool], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def handle_and_stray(bot_name: str, batch: Batch) -> Any:
-            if once():
-                with Storage() as storage:
-                    storage.set_state(bot_name, "stray", State(state="stray"))
-            return demo_worker.handle(bot_name, batch)
-
-        monkeypatch.setattr(demo_crew, "handle", handle_and_stray)
-        report = run_on(cluster)
-
-        assert not report.agrees
-        assert (report.stray_records, report.differences) == (1, ())
-        assert "1 record too many" in printed(report)
-
-    @pytest.fixture
-    def a_killed_shard(self, once: Callable[[], bool], monkeypatch: pytest.MonkeyPatch) -> None:
-        def handle_and_kill(bot_name: str, batch: Batch) -> Any:
-            done = demo_worker.handle(bot_name, batch)
-            if once():
-                with Storage() as storage:
-                    os.kill(storage.describe(bot_name).shards[1].pid, signal.SIGKILL)
-            return done
-
-        monkeypatch.setattr(demo_crew, "handle", handle_and_kill)
-
-    @pytest.mark.usefixtures("a_killed_shard")
-    def test_a_killed_shard_changes_nothing(self, cluster: RayCluster) -> None:
-        report = run_on(cluster)
-
-        assert report.agrees
-        assert report.restarted_empty == ()
-
-    @pytest.mark.usefixtures("a_killed_shard")
-    def test_a_killed_shard_in_memory_is_told_of_and_its_lost_records_too(self, cluster: RayCluster) -> None:
-        report = run_on(cluster, store="memory://")
-
-        assert not report.agrees
-        assert report.restarted_empty == (1,)
-        assert report.differences
-        assert "the actor of shard 1 died and came back empty" in printed(report)
-
     def test_an_interrupted_run_leaves_no_actors(
         self, cluster: RayCluster, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def interrupt(*_: Any) -> None:
             raise KeyboardInterrupt
 
+        monkeypatch.setattr(demo_crew, "prepare", lambda sample: None)
+        monkeypatch.setattr(demo_crew, "handle", lambda bot_name, batch: "done")
         monkeypatch.setattr(demo_crew.Crew, "_note", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_on(cluster)

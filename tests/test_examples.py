@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -34,16 +35,12 @@ DIALOGUE = [
 ]
 
 
-@pytest.fixture
-def api() -> Iterator[BotApi]:
-    with BotApi() as api:
-        yield api
-
-
 class Example:
-    """An example's process; what it writes goes to a file."""
+    """An example's process, and the Bot API that it talks to; what it writes goes to a file."""
 
-    def __init__(self, name: str, environment: dict[str, str], log: Path) -> None:
+    def __init__(self, name: str, api: BotApi, environment: dict[str, str], log: Path) -> None:
+        self.name = name
+        self.api = api
         self._arguments = [sys.executable, str(EXAMPLES / f"{name}.py")]
         self._environment = environment
         self._log = log
@@ -71,33 +68,58 @@ class Example:
         self._process.wait()
 
 
+@contextlib.contextmanager
+def running(name: str, cluster: RayCluster, directory: Path, **more: str) -> Iterator[Example]:
+    """Run an example over a store on the disk; it is stopped in the end, and its bot dropped."""
+    with BotApi() as api:
+        environment = {
+            "RAY_ADDRESS": cluster.address,
+            "BOT_TOKEN": TOKEN,
+            "API_BASE": api.url,
+            "FSM_RAY_STORE": f"rocksdb://{directory}/store",
+            "NO_PROXY": "127.0.0.1",
+        }
+        example = Example(name, api, environment | more, directory / "log")
+        example.start()
+        try:
+            yield example
+        finally:
+            example.stop()
+            with Storage() as storage:
+                for bot_name in ALL:
+                    eventually(partial(is_dropped, storage, bot_name), f"{bot_name} dropped")
+
+
+@pytest.fixture(scope="module", params=ALL)
+def shared(
+    request: pytest.FixtureRequest, cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Example]:
+    """Each example, for all tests that any of them must pass: starting one takes seconds."""
+    with running(request.param, cluster, tmp_path_factory.mktemp(request.param)) as example:
+        yield example
+
+
+@pytest.fixture
+def example(shared: Example) -> Iterator[Example]:
+    """It is running, and serves other users too: each test has users of its own."""
+    yield shared
+    sys.stdout.write(shared.output)  # pytest shows it where a test failed
+
+
 Start = Callable[..., Example]
 
 
 @pytest.fixture
-def start(api: BotApi, cluster: RayCluster, tmp_path: Path) -> Iterator[Start]:
-    """Starts an example, over a store on the disk; it is stopped after the test, and its bot is dropped."""
-    environment = {
-        "RAY_ADDRESS": cluster.address,
-        "BOT_TOKEN": TOKEN,
-        "API_BASE": api.url,
-        "FSM_RAY_STORE": f"rocksdb://{tmp_path}/store",
-        "NO_PROXY": "127.0.0.1",
-    }
-    started: list[Example] = []
+def start(cluster: RayCluster, tmp_path: Path) -> Iterator[Start]:
+    """Starts an example for one test."""
+    with contextlib.ExitStack() as stack:
 
-    def start(name: str, **more: str) -> Example:
-        started.append(Example(name, environment | more, tmp_path / "log"))
-        started[-1].start()
-        return started[-1]
+        def start(name: str, **more: str) -> Example:
+            example = stack.enter_context(running(name, cluster, tmp_path, **more))
+            stack.callback(lambda: sys.stdout.write(example.output))
+            return example
 
-    yield start
-    for example in started:
-        example.stop()
-        sys.stdout.write(example.output)  # pytest shows it where a test failed
-    with Storage() as storage:
-        for bot_name in ALL:
-            eventually(partial(is_dropped, storage, bot_name), f"{bot_name} dropped")
+        yield start
 
 
 def is_dropped(storage: Storage, bot_name: str) -> bool:
@@ -128,10 +150,62 @@ def register(user: User, name: str, email: str) -> Iterator[None]:
     assert user.wait_for_answer(query) == ""
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_two_users_register_at_once_and_are_not_mixed_up(api: BotApi, start: Start, name: str) -> None:
-    start(name)
-    ann, bob = User(api, 7), User(api, 8)
+# Before those of all examples: one of the same bot would be running by then.
+
+
+def test_what_a_killed_worker_had_in_its_hands_goes_to_another_one(start: Start) -> None:
+    example = start("cluster_bot", WORKERS="2")
+    ann = User(example.api, 7)
+    ann.send("/start")
+    ann.hear("your name")
+
+    with example.api.held("sendMessage") as held:
+        ann.send("Ann")
+        held.wait_until_reached()
+        for pid in map(int, re.findall(r"a worker is process (\d+)", example.output)):
+            os.kill(pid, signal.SIGKILL)
+            if held.is_left_within(1.0):
+                break
+    ann.hear("your email")
+    ann.send("ann@example.org")
+    ann.hear("is that right?")
+    ann.press("Yes")
+    ann.hear("Welcome, Ann!")
+
+    assert ann.shown == DIALOGUE
+    assert "goes to another worker" in example.output
+
+
+def test_a_dialogue_outlives_the_actor_and_the_workers(start: Start) -> None:
+    example = start("failover", PAUSE_S="0.3")
+    ann = User(example.api, 7)
+
+    for _ in register(ann, "Ann", "ann@example.org"):
+        eventually(partial(has_killed, example, example.output.count("killing") + 1), "one more kill")
+
+    assert "killing the actor" in example.output
+    assert "killing a worker" in example.output
+    # Twice is all right, see the example; left out or out of order is not.
+    assert [text for text, _ in itertools.groupby(ann.shown)] == DIALOGUE
+
+
+def has_killed(example: Example, times: int) -> bool:
+    return example.output.count("killing") >= times
+
+
+def wait_until_stored(bot_name: str, user: User, state: str) -> None:
+    """python-telegram-bot's handlers answer first, and return the new state then."""
+
+    def is_stored(storage: Storage) -> bool:
+        found = [each.state for each in storage.scan(bot_name) if str(user.chat_id) in str(each.key)]
+        return any((each.state or "").endswith(state) for each in found)
+
+    with Storage() as storage:
+        eventually(partial(is_stored, storage), f"a conversation of {user.chat_id} in {state}")
+
+
+def test_two_users_register_at_once_and_are_not_mixed_up(example: Example) -> None:
+    ann, bob = User(example.api, 1001), User(example.api, 2002)
 
     for _ in itertools.zip_longest(
         register(ann, "Ann", "ann@example.org"), register(bob, "Bob", "bob@example.org")
@@ -147,12 +221,8 @@ def test_two_users_register_at_once_and_are_not_mixed_up(api: BotApi, start: Sta
     assert ann.shown == DIALOGUE
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_a_wrong_answer_is_asked_for_again_and_a_dialogue_can_begin_again(
-    api: BotApi, start: Start, name: str
-) -> None:
-    start(name)
-    ann = User(api, 7)
+def test_a_wrong_answer_is_asked_for_again_and_a_dialogue_can_begin_again(example: Example) -> None:
+    ann = User(example.api, 3003)
     ann.send("/start")
     ann.hear("your name")
     ann.send("An")
@@ -173,10 +243,8 @@ def test_a_wrong_answer_is_asked_for_again_and_a_dialogue_can_begin_again(
     assert ann.wait_for_answer(first) == ""
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_a_killed_bot_goes_on_where_it_was(api: BotApi, start: Start, name: str) -> None:
-    example = start(name)
-    ann = User(api, 7)
+def test_a_killed_bot_goes_on_where_it_was(example: Example) -> None:
+    api, ann = example.api, User(example.api, 4004)
     ann.send("/start")
     ann.hear("your name")
     ann.send("Ann")
@@ -187,7 +255,7 @@ def test_a_killed_bot_goes_on_where_it_was(api: BotApi, start: Start, name: str)
         ann.send("ann@example.org")
         ann.hear("is that right?")
         held.wait_until_reached()
-        wait_until_stored(name, "confirm")
+        wait_until_stored(example.name, ann, "confirm")
         example.kill()
         held.wait_until_left()
     ann.press("Yes")
@@ -196,50 +264,3 @@ def test_a_killed_bot_goes_on_where_it_was(api: BotApi, start: Start, name: str)
 
     api.wait_until_confirmed()
     assert ann.shown == DIALOGUE
-
-
-def test_what_a_killed_worker_had_in_its_hands_goes_to_another_one(api: BotApi, start: Start) -> None:
-    example = start("cluster_bot", WORKERS="2")
-    ann = User(api, 7)
-    ann.send("/start")
-    ann.hear("your name")
-
-    with api.held("sendMessage") as held:
-        ann.send("Ann")
-        held.wait_until_reached()
-        for pid in map(int, re.findall(r"a worker is process (\d+)", example.output)):
-            os.kill(pid, signal.SIGKILL)
-            if held.is_left_within(1.0):
-                break
-    ann.hear("your email")
-    ann.send("ann@example.org")
-    ann.hear("is that right?")
-    ann.press("Yes")
-    ann.hear("Welcome, Ann!")
-
-    assert ann.shown == DIALOGUE
-    assert "goes to another worker" in example.output
-
-
-def test_a_dialogue_outlives_the_actor_and_the_workers(api: BotApi, start: Start) -> None:
-    example = start("failover", PAUSE_S="0.5")
-    ann = User(api, 7)
-
-    for _ in register(ann, "Ann", "ann@example.org"):
-        eventually(partial(has_killed, example, example.output.count("killing") + 2), "two more kills")
-
-    # Twice is all right, see the example; left out or out of order is not.
-    assert [text for text, _ in itertools.groupby(ann.shown)] == DIALOGUE
-
-
-def has_killed(example: Example, times: int) -> bool:
-    return example.output.count("killing") >= times
-
-
-def wait_until_stored(bot_name: str, state: str) -> None:
-    """python-telegram-bot's handlers answer first, and return the new state then."""
-    with Storage() as storage:
-        eventually(
-            lambda: any((name or "").endswith(state) for _, name in storage.count(bot_name, by="state")),
-            f"a conversation in {state}",
-        )

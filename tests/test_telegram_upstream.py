@@ -43,9 +43,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the tests of the installed version, and without the library itself."""
-    root = downloaded("python-telegram-bot", tmp_path_factory.mktemp("telegram"))
+    root = downloaded("python-telegram-bot", tmp_path_factory.mktemp("telegram"), request.config)
     shutil.rmtree(root / "src")
     return root
 
