@@ -490,9 +490,8 @@ async def test_turns_begun_at_once_on_a_new_storage_come_in_their_order(
         async with storage.turn(BOT, key):
             order.append(number)
 
-    for _ in range(
-        10
-    ):  # it has first to find the bot, in a thread: what is begun meanwhile must not overtake
+    # It has first to find the bot, in a thread: what is begun meanwhile must not overtake.
+    for _ in range(10):
         order: list[int] = []
         async with AsyncStorage() as storage:
             await asyncio.gather(*(take(storage, number, order) for number in range(4)))
