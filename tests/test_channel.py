@@ -681,6 +681,16 @@ class TestHandshake:
             with pytest.raises(TimeoutError):
                 await open_client(address)
 
+    async def test_a_thread_waits_for_a_server_that_never_speaks_no_longer_than_for_a_reply(
+        self, temporary: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(client, "HANDSHAKE_TIMEOUT_S", 2 * DEADLINE_S)
+
+        async with listener_that(lambda connected: connected.recv(1), temporary) as address:
+            async with asyncio.timeout(DEADLINE_S):
+                with pytest.raises(TimeoutError):
+                    await asyncio.to_thread(BlockingConnection, address, SECRET, 0.02)
+
     @pytest.mark.parametrize("speech", [b"", b"\x40", b"\x40\x00\x00\x00" + b"x" * 63])
     def test_a_client_that_does_not_prove_the_secret_in_time_is_dropped_alone(
         self,

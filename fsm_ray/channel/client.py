@@ -117,7 +117,7 @@ class BlockingConnection:
     """A connection of one thread: a request goes out, its reply comes in."""
 
     def __init__(self, address: Address, secret: bytes, timeout_s: float) -> None:
-        """Connect and shake hands.
+        """Connect and shake hands; no step of that, and no reply later on, may take longer than `timeout_s`.
 
         Raises:
             OSError, HandshakeFailed: this address is of no use.
@@ -131,8 +131,9 @@ class BlockingConnection:
         self._recv = self._socket.recv
         self._max_frame_bytes = MAX_HANDSHAKE_BYTES
         try:
-            self._socket.settimeout(CONNECT_TIMEOUT_S)
+            self._socket.settimeout(min(CONNECT_TIMEOUT_S, timeout_s))
             self._socket.connect(address)
+            self._socket.settimeout(min(HANDSHAKE_TIMEOUT_S, timeout_s))
             self._shake_hands(secret)
             self._max_frame_bytes = MAX_REPLY_BYTES
             self.set_timeout(timeout_s)
@@ -183,7 +184,6 @@ class BlockingConnection:
         return bytes(rest[4 : 4 + length])
 
     def _shake_hands(self, secret: bytes) -> None:
-        self._socket.settimeout(HANDSHAKE_TIMEOUT_S)
         try:
             response, expected_proof = handshake.respond(secret, self._receive())
             proof = self.exchange(frame(response))
