@@ -18,10 +18,9 @@ import pytest
 from aiogram.fsm.middleware import FSMContextMiddleware
 from aiogram.types import TelegramObject
 
-from fsm_ray import AsyncStorage, Storage
+from fsm_ray import Storage
 from fsm_ray.adapters.aiogram import RayEventIsolation, RayFSMMiddleware, RayStorage
 
-ADDRESS = os.environ["FSM_RAY_ADDRESS"]
 BOT = os.environ["FSM_RAY_BOT"]
 
 
@@ -29,14 +28,14 @@ class StorageForTests(RayStorage):
     """Made without arguments."""
 
     def __init__(self) -> None:
-        super().__init__(BOT, AsyncStorage(ADDRESS))
+        super().__init__(BOT)
 
 
 class IsolationForTests(RayEventIsolation):
     """Made without arguments."""
 
     def __init__(self) -> None:
-        super().__init__(BOT, AsyncStorage(ADDRESS))
+        super().__init__(BOT)
 
 
 class TurnsForTests(FSMContextMiddleware):
@@ -78,7 +77,7 @@ if os.environ.get("FSM_RAY_TURNS"):
 
 @pytest.fixture(scope="session")
 def _storage() -> Iterator[Storage]:
-    with Storage(ADDRESS) as storage:
+    with Storage() as storage:
         yield storage
 
 

@@ -42,12 +42,11 @@ from fsm_ray.errors import (
     VersionConflict,
 )
 from fsm_ray.protocol import TURN, WRITE
-from tests.conftest import DEADLINE_S
+from tests.conftest import DEADLINE_S, Bots
 from tests.test_turns import AT_ONCE_S, frames, start  # noqa: F401
 
 T = TypeVar("T")
 
-BOT = "aiogram"
 KEY = StorageKey(bot_id=1, chat_id=-42, user_id=42)
 RECORD_KEY = record_key(KEY)
 
@@ -72,20 +71,9 @@ class RacedStorage(AsyncStorage):
         return record
 
 
-@pytest.fixture(scope="module")
-def bot_of_all_tests(cluster: object) -> Iterator[Storage]:
-    with Storage() as storage:
-        storage.init(BOT)
-        yield storage
-        storage.drop(BOT)
-
-
 @pytest.fixture
-def bot_name(bot_of_all_tests: Storage) -> str:
-    """A bot without conversations."""
-    for conversation in bot_of_all_tests.scan(BOT):
-        bot_of_all_tests.clear(BOT, conversation.key)
-    return BOT
+def bot_name(bots: Bots) -> str:
+    return bots.emptied()
 
 
 @pytest.fixture

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,10 +27,10 @@ from telegram.ext import (
 )
 from telegram.request import BaseRequest, RequestData
 
-from fsm_ray import AsyncStorage, BotOptions, Storage
+from fsm_ray import AsyncStorage, BotOptions
 from fsm_ray.adapters.telegram import RayApplication, RayPersistence, conversation_key
 from fsm_ray.errors import ConfigurationError, FsmRayError, InvalidData, StorageClosed, TurnTimeout
-from tests.conftest import RayCluster
+from tests.conftest import Bots, RayCluster
 from tests.test_adapter_aiogram import run_python
 
 NAME, CITY, STREET = range(3)
@@ -82,21 +81,14 @@ class BrokenStorage(AsyncStorage):
         return await super().set_state(*args, **settings)
 
 
-@pytest.fixture(scope="module")
-def bot_name(cluster: RayCluster) -> Iterator[str]:
-    """One bot for all tests: to make one takes longer than to empty it."""
-    name = f"test-{uuid.uuid4().hex[:12]}"
-    with Storage() as storage:
-        storage.init(name)
-        yield name
-        storage.drop(name)
+@pytest.fixture
+def bot_name(bots: Bots) -> str:
+    return bots.emptied()
 
 
 @pytest.fixture
-async def storage(bot_name: str) -> AsyncIterator[BrokenStorage]:
+async def storage(cluster: RayCluster) -> AsyncIterator[BrokenStorage]:
     async with BrokenStorage() as storage:
-        async for conversation in storage.scan(bot_name):
-            await storage.clear(bot_name, conversation.key)
         yield storage
 
 

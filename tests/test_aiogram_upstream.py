@@ -5,18 +5,13 @@ They are taken from aiogram's source distribution of the installed version, for 
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from fsm_ray import Storage
 from tests.conftest import RayCluster
-from tests.sources import downloaded
+from tests.upstream import downloaded, environment_of, passed
 
 PLUGIN = Path(__file__).with_name("aiogram_upstream.py")
 DEADLINE_S = 120.0
@@ -45,12 +40,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def environment(cluster: RayCluster, bot_name: str, tmp_path: Path) -> dict[str, str]:
-    """What the plugin needs, and the process to find it."""
-    with Storage() as storage:
-        storage.init(bot_name)
-    shutil.copy(PLUGIN, tmp_path)
-    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
-    return os.environ | {"FSM_RAY_ADDRESS": cluster.address, "FSM_RAY_BOT": bot_name, "PYTHONPATH": path}
+    return environment_of(PLUGIN, tmp_path, cluster, bot_name)
 
 
 @pytest.mark.parametrize(
@@ -59,19 +49,6 @@ def environment(cluster: RayCluster, bot_name: str, tmp_path: Path) -> dict[str,
 def test_aiogram_s_own_tests_pass(
     source: Path, environment: dict[str, str], chosen: tuple[str, ...], turns: str
 ) -> None:
-    settings = ("-p", "no:cacheprovider", "-o", "asyncio_default_fixture_loop_scope=function")
-    command = [sys.executable, "-m", "pytest", "-rs", "-p", PLUGIN.stem, *settings, "-k", OURS, *chosen]
-    done = subprocess.run(
-        command,
-        cwd=source,
-        env=environment | {"FSM_RAY_TURNS": turns},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=DEADLINE_S,
-    )
+    arguments = ("-o", "asyncio_default_fixture_loop_scope=function", "-k", OURS, *chosen)
 
-    assert done.returncode == 0, done.stdout + done.stderr
-    summary = done.stdout.splitlines()[-1]
-    assert re.search(r"\b[1-9]\d* passed", summary), summary
-    assert "skipped" not in summary, done.stdout
+    passed(PLUGIN, source, environment | {"FSM_RAY_TURNS": turns}, *arguments, deadline_s=DEADLINE_S)

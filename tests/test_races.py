@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from fsm_ray import Storage
 from fsm_ray.bench.servers import ValkeyServer, temporary_directory
-from tests.conftest import DEADLINE_S, RayCluster
+from tests.conftest import DEADLINE_S, Bots
 from tests.races import RACES, Course, Race, count_lost, hold
 
 ROUNDS = 3
@@ -28,18 +26,10 @@ def valkey() -> Iterator[ValkeyServer]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def bot_name(cluster: RayCluster) -> Iterator[str]:
-    """One bot for all races: each has a chat of its own."""
-    name = f"races-{uuid.uuid4().hex[:12]}"
-    with Storage() as storage:
-        storage.init(name)
-        yield name
-        storage.drop(name)
-
-
 @pytest.fixture
-def make_course(bot_name: str, valkey: ValkeyServer, tmp_path: Path) -> Callable[[], Course]:
+def make_course(bots: Bots, valkey: ValkeyServer, tmp_path: Path) -> Callable[[], Course]:
+    """Each race has a chat of its own."""
+    bot_name = bots.emptied()
     return lambda: Course(bot_name, valkey.url, tmp_path, next(_chats))
 
 

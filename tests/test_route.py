@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from decimal import Decimal
+from enum import Enum
 from math import inf, nan
 from typing import Any, NamedTuple
 
@@ -76,6 +77,14 @@ TIMED = [
     Call("patch", lambda route, key, data, ttl_s: patch(route, key, set_=data, ttl_s=ttl_s)),
 ]
 """Writes that may give a time to live; the last argument is that."""
+
+
+class Name(str):
+    __slots__ = ()
+
+
+class NameOfEnum(str, Enum):  # noqa: UP042  # whose str() is another text
+    A = "a"
 
 
 def calls(*chosen: Call) -> pytest.MarkDecorator:
@@ -220,6 +229,13 @@ class TestOperations:
         _, operation = route_of().enter_state((42, 7), ("flow", None), 5)
 
         assert decoded(operation) == EnterState(encode_key((42, 7)), "flow", None, 5)
+
+    @pytest.mark.parametrize("name", [Name("a"), NameOfEnum.A])
+    def test_enter_state_takes_the_text_of_any_str_as_a_state_does(self, name: str) -> None:
+        _, operation = route_of().enter_state((42, 7), (name, name), None)
+
+        assert State(flow=name, state=name) == State(flow="a", state="a")
+        assert decoded(operation) == EnterState(encode_key((42, 7)), "a", "a")
 
     @pytest.mark.parametrize("front", [(1, None), (None, b"a")])
     def test_a_flow_or_state_that_is_no_text_cannot_be_entered(self, front: Any) -> None:

@@ -5,18 +5,13 @@ They are taken from its source distribution of the installed version, for which 
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from fsm_ray import Storage
 from tests.conftest import RayCluster
-from tests.sources import downloaded
+from tests.upstream import downloaded, environment_of, passed
 
 PLUGIN = Path(__file__).with_name("telegram_upstream.py")
 DEADLINE_S = 240.0
@@ -52,13 +47,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def environment(cluster: RayCluster, bot_name: str, tmp_path: Path) -> dict[str, str]:
-    """What the plugin needs, and the process to find it."""
-    with Storage() as storage:
-        storage.init(bot_name)
-    shutil.copy(PLUGIN, tmp_path)
-    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
-    ours = {"RAY_ADDRESS": cluster.address, "FSM_RAY_BOT": bot_name, "PYTHONPATH": path}
-    return os.environ | NO_NETWORK | WITHOUT_OPTIONAL | ours
+    return environment_of(PLUGIN, tmp_path, cluster, bot_name) | NO_NETWORK | WITHOUT_OPTIONAL
 
 
 def test_python_telegram_bot_s_own_tests_pass(source: Path, environment: dict[str, str]) -> None:
@@ -66,21 +55,8 @@ def test_python_telegram_bot_s_own_tests_pass(source: Path, environment: dict[st
     settings = [part for setting in ("addopts=", *loops) for part in ("-o", setting)]
     markers = ("-W", "ignore::pytest.PytestUnknownMarkWarning")
     deselected = [f"--deselect={TESTS}::TestBasePersistence::{name}" for name in NOT_FOR_US]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-rs", "-p", PLUGIN.stem, "-p", "no:cacheprovider"),
-            *(*settings, *markers, *deselected, TESTS),
-        ],
-        cwd=source,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=DEADLINE_S,
-    )
+    arguments = (*settings, *markers, *deselected, TESTS)
 
-    assert done.returncode == 0, done.stdout + done.stderr
-    summary = done.stdout.splitlines()[-1]
-    assert re.search(r"\b[1-9]\d* passed", summary), summary
+    summary = passed(PLUGIN, source, environment, *arguments, deadline_s=DEADLINE_S)
+
     assert f"{len(NOT_FOR_US)} deselected" in summary, summary
-    assert "skipped" not in summary, done.stdout

@@ -201,8 +201,7 @@ class Evaluator:
         old = self._alive(raw)
         self._check_version(old, operation.expected_version)
         head = self._packer.head(operation.flow, operation.state)
-        is_whole = old is None or head_of(old) != head
-        self._put_tailed(operation, raw, old, head, _data(old), is_whole=is_whole)
+        self._put_tailed(operation, raw, old, head, _data(old))
         return encode_result(self.version)
 
     def _update_data(self, operation: UpdateData) -> bytes:
@@ -260,8 +259,7 @@ class Evaluator:
             head = self._packer.head(operation.flow, operation.state)
             version = operation.expected_version
             if old is None or not self._is_same(operation, old, head):
-                is_whole = old is None or head_of(old) != head
-                self._put_tailed(operation, raw, old, head, operation.data, is_whole=is_whole)
+                self._put_tailed(operation, raw, old, head, operation.data)
                 version = self.version
         elif operation.update_id is not None:
             known = None if raw is None else content_of(raw)
@@ -368,8 +366,8 @@ class Evaluator:
     ) -> bytes:
         """As `_put`, of a record that may have a tail, and its encoded content.
 
-        `old`: the record that goes on, None if what is replaced has expired. `is_whole`: no time to live that
-        an earlier write gave is kept.
+        `old`: the record that goes on, None if what is replaced has expired. The time to live that an earlier
+        write gave is kept where flow and state are, unless `is_whole`.
         """
         update_id = operation.update_id if type(operation) is CommitTurn else None
         tail = NO_TAIL
@@ -391,12 +389,13 @@ class Evaluator:
         self, ttl_ms: int | None, old: bytes | None, content: Content | None, head: bytes, *, is_whole: bool
     ) -> Tail:
         """The time to live, and the deadline, that a write leaves; `content` is that of `old`."""
-        own_ms = ttl_ms or (0 if content is None or is_whole else content.ttl_ms)
+        moves = old is not None and head_of(old) != head
+        own_ms = ttl_ms or (0 if content is None or is_whole or moves else content.ttl_ms)
         lives_ms = own_ms or self._ttl_ms(head)
         if lives_ms == NEVER_MS:
             return Tail((), own_ms) if own_ms else NO_TAIL
         if ttl_ms is None and old is not None and content is not None and self._times.is_absolute:
-            counts_on = not (self._times.by_state and head_of(old) != head)
+            counts_on = not (self._times.by_state and moves)
             if counts_on and content.ttl_ms == own_ms and self.now_ms < content.deadline_ms < NEVER_MS:
                 return Tail((), own_ms, content.deadline_ms)
         return Tail((), own_ms, min(self.now_ms + lives_ms, NEVER_MS))

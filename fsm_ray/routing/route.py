@@ -121,12 +121,12 @@ class Route:
     ) -> Addressed:
         try:
             encoded = encode_key(key)
+            flow, state = front
             if not all(each is None or isinstance(each, str) for each in front):
-                flow, state = front
                 raise InvalidState(f"flow and state are each a str or None, not {flow!r} and {state!r}")
             _check_version(expected_version)
             ttl_ms = None if ttl_s is None else self.ttl_ms(ttl_s)
-            operation = protocol.enter_state(encoded, front, expected_version, ttl_ms)
+            operation = protocol.enter_state(encoded, (_plain(flow), _plain(state)), expected_version, ttl_ms)
         except InvalidInput as error:
             raise self._about(error, key)  # noqa: B904  # the same error, with more facts
         return 0 if self._is_single else self.shard_of(encoded), operation
@@ -259,6 +259,11 @@ class Route:
     def _about(self, error: InvalidInput, key: Hashable) -> InvalidInput:
         error.bot, error.key = self.bot_name, key
         return error
+
+
+def _plain(name: str | None) -> str | None:
+    """The text alone, as a `State` takes it from a subclass of str."""
+    return None if name is None else str.__str__(name)
 
 
 def _check_version(expected_version: int | None) -> None:

@@ -114,12 +114,8 @@ def other_key(storage: AnyStorage, bot: str, key: Any, *, is_near: bool) -> Any:
     return next((key, n) for n in itertools.count() if (route.read((key, n))[0] == shard) == is_near)
 
 
-class StorageContract:
-    """What every way to a bot's conversations promises.
-
-    The first part is what the tests of ExGram FSM v0.1.0's ETS storage assert, one to one; the rest is what
-    they leave out.
-    """
+class _Contract:
+    """What tests of a storage and a bot are given."""
 
     @pytest.fixture
     def storage(self) -> AnyStorage:
@@ -130,6 +126,14 @@ class StorageContract:
     def bot(self) -> str:
         """The name of an initialised bot, with default options but for `shards`; tests share it."""
         raise NotImplementedError
+
+
+class StorageContract(_Contract):
+    """What every way to a bot's conversations promises.
+
+    The first part is what the tests of ExGram FSM v0.1.0's ETS storage assert, one to one; the rest is what
+    they leave out.
+    """
 
     @pytest.fixture
     def key(self) -> tuple[str, int]:
@@ -1041,18 +1045,8 @@ class StorageContract:
             assert all(pool.map(write_and_read, range(8)))
 
 
-class BotsContract:
+class BotsContract(_Contract):
     """What `init`, `bots` and `drop` promise: by Ray calls, whatever the transport of operations."""
-
-    @pytest.fixture
-    def storage(self) -> AnyStorage:
-        """The storage under test."""
-        raise NotImplementedError
-
-    @pytest.fixture
-    def bot(self) -> str:
-        """The name of an initialised bot that stays."""
-        raise NotImplementedError
 
     @pytest.fixture
     def other(self, storage: AnyStorage, bot: str) -> Iterator[str]:

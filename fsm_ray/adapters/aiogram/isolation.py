@@ -6,7 +6,7 @@ import asyncio
 import math
 from collections.abc import Hashable
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiogram.fsm.storage.base import BaseEventIsolation, StorageKey
 
@@ -17,6 +17,14 @@ from fsm_ray.storage import AsyncStorage
 from fsm_ray.turn import AsyncTurn
 
 
+class Granted(NamedTuple):
+    """The state of a conversation at the moment that it was locked, and the task that locked it."""
+
+    key: Hashable
+    task: asyncio.Task[Any] | None
+    state: str | None
+
+
 class GrantedState:
     """The state that came with a lock, for the task that has it to read in the same step of its event loop.
 
@@ -24,22 +32,20 @@ class GrantedState:
     """
 
     def __init__(self) -> None:
-        self._granted: tuple[Hashable, asyncio.Task[Any] | None, str | None] | None = None
+        self._granted: Granted | None = None
 
     def put(self, key: Hashable, state: str | None) -> None:
         """Have the state of this conversation ready until the running step ends."""
-        self._granted = (key, asyncio.current_task(), state)
+        self._granted = Granted(key, asyncio.current_task(), state)
         asyncio.get_running_loop().call_soon(self._forget)
 
-    def is_of(self, key: Hashable) -> bool:
-        """Whether there is one, of this conversation and for this task."""
-        return self._granted is not None and self._granted[:2] == (key, asyncio.current_task())
-
-    def take(self) -> str | None:
-        """The state, once: `is_of` tells whether there is one."""
-        state = None if self._granted is None else self._granted[2]
+    def take(self, key: Hashable) -> Granted | None:
+        """What there is of this conversation, for this task, once."""
+        granted = self._granted
+        if granted is None or granted[:2] != (key, asyncio.current_task()):
+            return None
         self._granted = None
-        return state
+        return granted
 
     def _forget(self) -> None:
         self._granted = None

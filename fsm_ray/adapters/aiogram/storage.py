@@ -106,8 +106,9 @@ class RayStorage(BaseStorage):
     async def get_state(self, key: StorageKey) -> str | None:
         """The conversation's state, or None when it has none."""
         whose = record_key(key)
-        if self._granted.is_of(whose):
-            return self._granted.take()
+        granted = self._granted.take(whose)
+        if granted is not None:
+            return granted.state
         storage = await self._bot.ready()
         record = await storage.get_state(self._bot.name, whose)
         return None if record is None else record.state
