@@ -157,6 +157,8 @@ class Worker:
             await self._storage.patch(BOT, key, unset=["outbox"])
 
     async def pid(self) -> int:
+        """This process, once the bot's actor has answered it."""
+        await self._storage.position(BOT)
         return os.getpid()
 
     async def _send(self, calls: list[Call]) -> None:

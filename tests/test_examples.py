@@ -177,7 +177,7 @@ def test_what_a_killed_worker_had_in_its_hands_goes_to_another_one(start: Start)
 
 
 def test_a_dialogue_outlives_the_actor_and_the_workers(start: Start) -> None:
-    example = start("failover", PAUSE_S="0.3")
+    example = start("failover", PAUSE_S="1")
     ann = User(example.api, 7)
 
     for _ in register(ann, "Ann", "ann@example.org"):
