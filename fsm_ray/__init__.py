@@ -39,13 +39,17 @@
 
 from __future__ import annotations
 
-from fsm_ray.across import Change, Conversation
-from fsm_ray.flows import Flow
-from fsm_ray.keys import Chat, ChatTopic, ChatTopicUser, ChatUser, KeyStrategy, User
-from fsm_ray.options import BotOptions
-from fsm_ray.state import State
-from fsm_ray.storage import AsyncStorage, Storage
-from fsm_ray.turn import Turn
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fsm_ray.across import Change, Conversation
+    from fsm_ray.flows import Flow
+    from fsm_ray.keys import Chat, ChatTopic, ChatTopicUser, ChatUser, KeyStrategy, User
+    from fsm_ray.options import BotOptions
+    from fsm_ray.state import State
+    from fsm_ray.storage import AsyncStorage, Storage
+    from fsm_ray.turn import Turn
 
 __version__ = "0.1.0"
 
@@ -65,3 +69,36 @@ __all__ = [
     "Turn",
     "User",
 ]
+
+_HOMES = {
+    "AsyncStorage": "storage",
+    "BotOptions": "options",
+    "Change": "across",
+    "Chat": "keys",
+    "ChatTopic": "keys",
+    "ChatTopicUser": "keys",
+    "ChatUser": "keys",
+    "Conversation": "across",
+    "Flow": "flows",
+    "KeyStrategy": "keys",
+    "State": "state",
+    "Storage": "storage",
+    "Turn": "turn",
+    "User": "keys",
+}
+"""Public name -> its module, imported when the name is first used.
+
+Ray takes more than a second to import, and `fsm-ray --help` shall answer at once.
+"""
+
+if not TYPE_CHECKING:  # a type checker would believe that every name is here
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray._private import services
@@ -53,8 +53,13 @@ class BotDescription:
     shards: list[ShardDescription] = field(default_factory=list)
 
 
-def attach(address: str | None) -> None:
+def attach(address: str | None, *, may_start: bool = True, **settings: Any) -> None:
     """Attach this process to Ray: to the cluster at `address`, to one that is there, or to a new local one.
+
+    Args:
+        address: of the cluster, as `ray.init` takes it.
+        may_start: whether a Ray may be started where there is none.
+        settings: more of what `ray.init` takes.
 
     Raises:
         RayUnreachable: nothing answers at the address, or no local Ray could be started.
@@ -62,18 +67,22 @@ def attach(address: str | None) -> None:
     if ray.is_initialized():
         return
     try:
+        found = _answering(address) if address else _running_ray(may_start=may_start)
+        if found in {None, "local"} and not may_start:
+            raise ConnectionError("none runs here")  # noqa: TRY301  # told as all that is wrong with Ray
         # "local" takes no notice of the address file that an earlier Ray may have left behind.
-        ray.init(address=_answering(address) if address else _running_ray() or "local")
+        ray.init(address=found or "local", **settings)
     except Exception as error:
-        # Ray raises whatever its parts raise, a bare Exception among them; the last line tells most.
-        reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
+        # Ray raises whatever its parts raise, a bare Exception among them; its cause may have a traceback in
+        # its message, of which the last line tells most.
+        reason = " ".join([str(error), *str(error.__cause__ or "").strip().splitlines()[-1:]])
         raise RayUnreachable(
             f"no Ray at {address or 'this machine'}: {reason}. Start one with `ray start --head`, "
             "or give the address of a running cluster"
         ) from error
 
 
-def _running_ray() -> str | None:
+def _running_ray(*, may_start: bool) -> str | None:
     """The address of the Ray that RAY_ADDRESS names or that runs on this machine."""
     try:
         # What ray.init("auto") does, but for waiting minutes at an address where nobody is any more.
@@ -85,6 +94,8 @@ def _running_ray() -> str | None:
     except OSError as error:
         if os.environ.get("RAY_ADDRESS"):
             raise
+        if not may_start:
+            raise ConnectionError(f"the one that ran at {address} is gone ({error})") from error
         logger.warning("the Ray that ran at %s is gone (%s): starting a local one", address, error)
         return None
 

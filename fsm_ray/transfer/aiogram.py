@@ -21,6 +21,8 @@ except ModuleNotFoundError as error:
         f"the importer needs {error.name!r}, which is not installed: pip install 'fsm-ray[aiogram]'"
     ) from error
 
+__all__ = ["DefaultKeyBuilder", "import_aiogram_redis"]
+
 _NEVER, _MISSING = -1, -2
 """What PTTL says of a key that does not expire, and of one that is not there."""
 

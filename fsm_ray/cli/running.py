@@ -1,4 +1,4 @@
-"""The command `fsm-ray`."""
+"""The commands that bring their own bots: `demo` and `bench`."""
 
 from __future__ import annotations
 
@@ -10,25 +10,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-import fsm_ray
 from fsm_ray import bench as benchmark
+from fsm_ray.cli.exits import EXIT_FAILED
 from fsm_ray.demo.config import DemoConfig
-from fsm_ray.demo.display import print_report
-from fsm_ray.demo.report import to_json
-from fsm_ray.errors import ConfigurationError, FsmRayError, InvalidInput, NamespaceUnavailable, RayUnreachable
-from fsm_ray.options import SLOTS
-
-EXIT_FAILED = 1  # it ran, and the result is not what it must be; or it could not go on
-EXIT_USAGE = 2  # wrong options, a wrong file, a missing extra: nothing was done
-EXIT_UNAVAILABLE = 3  # no Ray, or no answer from it: try again
-EXIT_INTERRUPTED = 130  # Ctrl-C, as in a shell; typer gives it
-
-_EPILOG = (
-    f"Exit codes: 0 all is well; {EXIT_FAILED} the result is not what it must be; {EXIT_USAGE} wrong options"
-    f" or setup; {EXIT_UNAVAILABLE} Ray or a bot's actor does not answer; {EXIT_INTERRUPTED} interrupted."
-)
 
 
 def _listed(items: Iterable[object]) -> str:
@@ -38,49 +23,7 @@ def _listed(items: Iterable[object]) -> str:
 _DEMO = DemoConfig()
 _BENCH = benchmark.BenchConfig()
 
-app = typer.Typer(
-    name="fsm-ray",
-    help="Conversation state of chat bots, kept in Ray named actors.",
-    epilog=_EPILOG,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-)
 
-
-def main() -> None:
-    """Run the command; errors of fsm_ray become one line and an exit code."""
-    try:
-        app()
-    except FsmRayError as error:
-        typer.echo(f"fsm-ray: {' '.join(str(error).split())}", err=True)
-        raise SystemExit(_exit_code(error)) from None
-
-
-def _exit_code(error: FsmRayError) -> int:
-    if isinstance(error, (RayUnreachable, NamespaceUnavailable)):
-        return EXIT_UNAVAILABLE
-    return EXIT_USAGE if isinstance(error, (InvalidInput, ConfigurationError)) else EXIT_FAILED
-
-
-def _print_version(is_wanted: bool) -> None:  # noqa: FBT001 - typer's signature
-    if is_wanted:
-        typer.echo(f"fsm-ray {fsm_ray.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _command(
-    *,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    pass  # what is common to all commands
-
-
-@app.command(epilog=_EPILOG)
 def demo(
     *,
     updates: Annotated[int, typer.Option(min=1, help="How many updates to make.")] = _DEMO.updates,
@@ -90,7 +33,7 @@ def demo(
         typer.Option(exists=True, dir_okay=False, help="Read updates from here: JSON, one a line."),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="How many workers, each a Ray task.")] = _DEMO.workers,
-    shards: Annotated[int, typer.Option(min=1, max=SLOTS, help="Actors of the bot.")] = _DEMO.shards,
+    shards: Annotated[int, typer.Option(min=1, help="Actors of the bot.")] = _DEMO.shards,
     address: Annotated[
         str | None,
         typer.Option(help='Of the Ray to use. Default: the one here, or a new one; "local": a new one.'),
@@ -109,10 +52,13 @@ def demo(
     Conversations go from worker to worker in the middle of the dialogue. In the end, each must stand where
     one worker alone brings it. You may kill workers meanwhile, and the bot's actors.
     """
+    from rich.console import Console
+
     console = Console(file=sys.stderr if as_json else sys.stdout)
     with console.status("Importing aiogram"):
-        # Not at the top: aiogram takes seconds to import, and `fsm-ray --help` shall answer at once.
-        from fsm_ray.demo.run import run  # noqa: PLC0415
+        from fsm_ray.demo.display import print_report
+        from fsm_ray.demo.report import to_json
+        from fsm_ray.demo.run import run
     config = DemoConfig(
         updates=updates,
         seed=seed,
@@ -133,7 +79,6 @@ def demo(
         raise typer.Exit(EXIT_FAILED)
 
 
-@app.command(epilog=_EPILOG)
 def bench(
     *,
     contenders: Annotated[str, typer.Option(help="Which take part, with commas between.")] = _listed(
@@ -151,7 +96,7 @@ def bench(
     ] = None,
     seconds: Annotated[float, typer.Option(help="How long one measurement lasts.")] = _BENCH.seconds,
     rounds: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = _BENCH.rounds,
-    shards: Annotated[int, typer.Option(min=1, max=SLOTS, help="Actors of fsm_ray's bots.")] = _BENCH.shards,
+    shards: Annotated[int, typer.Option(min=1, help="Actors of fsm_ray's bots.")] = _BENCH.shards,
     conversations: Annotated[
         int, typer.Option(min=0, help="Loaded to weigh one; 0 skips the part.")
     ] = _BENCH.memory_conversations,

@@ -1,0 +1,107 @@
+"""What commands share: their options, attaching to Ray, and asking before something is gone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from fsm_ray.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from fsm_ray.storage import AsyncStorage, Storage
+
+T = TypeVar("T")
+
+BotName = Annotated[str, typer.Argument(metavar="BOT", help="The bot's name.", show_default=False)]
+Address = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Of the Ray to use. Default: RAY_ADDRESS, or the one here."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON: an object for each line.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+Flow = Annotated[str | None, typer.Option(help="Only of this flow.")]
+State = Annotated[str | None, typer.Option(help="Only of this state.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the conversations that are there.")]
+
+
+def attach(address: str | None) -> None:
+    """Attach to a Ray that runs.
+
+    Raises:
+        RayUnreachable: there is none; none is started.
+    """
+    with status("Attaching to Ray"):
+        import logging
+
+        from fsm_ray.routing import directory
+
+        directory.attach(address, may_start=False, logging_level=logging.ERROR, log_to_driver=False)
+
+
+@contextmanager
+def attached(address: str | None) -> Iterator[Storage]:
+    """A storage on a Ray that runs; raises as `attach`."""
+    attach(address)
+    from fsm_ray.storage import Storage
+
+    with Storage(address) as storage:
+        yield storage
+
+
+def run_attached(address: str | None, work: Callable[[AsyncStorage], Awaitable[T]]) -> T:
+    """What `work` returns, given a storage on a Ray that runs; raises as `attach`."""
+    attach(address)
+    import asyncio
+
+    from fsm_ray.storage import AsyncStorage
+
+    async def use() -> T:
+        async with AsyncStorage(address) as storage:
+            return await work(storage)
+
+    return asyncio.run(use())
+
+
+@contextmanager
+def status(what: str) -> Iterator[None]:
+    """Say on stderr what is waited for, if somebody may be looking."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
+
+
+def confirm(what: str, *, yes: bool) -> None:
+    """Return if that may be done.
+
+    Raises:
+        InvalidInput: nobody can be asked.
+        typer.Abort: it may not.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise InvalidInput(f"{what} Nobody can be asked here: say --yes")
+    typer.confirm(what, abort=True, err=True)
+
+
+@contextmanager
+def until_nobody_reads() -> Iterator[None]:
+    """End quietly when whoever reads stdout, as `head` does, has had enough."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer is flushed at the interpreter's end, and would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit from None
+
+
+def tell(what: str) -> None:
+    """Say it on stderr, so that stdout has what was asked for and nothing else."""
+    typer.echo(what, err=True)
