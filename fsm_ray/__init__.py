@@ -32,6 +32,7 @@
 #   adapters.telebot  RayStateStorage and AsyncRayStateStorage for pyTelegramBotAPI
 #   adapters.telegram  RayPersistence and RayApplication for python-telegram-bot
 #   transfer          export and import, and importers from other storages
+#   verification      whether a store holds what shards have written there, without an actor
 #   testing           conformance kits, as pytest classes
 #   bench             fsm_ray and what one would use instead, side by side
 #   demo              real bot workers on a file of Telegram updates

@@ -22,6 +22,7 @@ _PARTS = (
     "None, bool, int, float (not NaN), str, bytes, UUID, tuples, and Enum members, named tuples and frozen "
     "dataclasses that compare all fields, of classes made outside of functions"
 )
+_UUID_BYTES = 16
 _encode = wire.to_msgpack  # a global of this module is found faster
 
 
@@ -78,6 +79,43 @@ def decode_key(encoded: bytes) -> Hashable:
         raise
     except Exception as error:  # broken bytes fail in many ways
         raise ValueNotDecodable(f"these bytes are no key: {error!r}") from error
+
+
+def check_key(encoded: bytes) -> None:
+    """Return if `encode_key` can have made these bytes; no class is imported for it.
+
+    Raises:
+        ValueNotDecodable: it cannot.
+    """
+    try:
+        canonical = _canonical(_bare_decoder.decode(encoded), 0)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueNotDecodable(f"these bytes are no key: {error}") from error
+    if _encode(canonical) != encoded:
+        raise ValueNotDecodable("these bytes are no key: the encoding of a key is another one")
+
+
+def _canonical(part: Any, depth: int) -> Any:
+    """The part as it would be encoded, if it is one of a key."""
+    if isinstance(part, list) and depth < wire.MAX_DEPTH:
+        return [_canonical(each, depth + 1) for each in part]
+    if not isinstance(part, Ext):
+        if type(part) in wire.PLAIN:
+            return part
+    elif part.code == wire.INT:
+        return wire.pack_int(wire.unpack_int(bytes(part.data)))
+    elif part.code == wire.UUID and len(bytes(part.data)) == _UUID_BYTES:
+        return part
+    elif part.code in {wire.ENUM, wire.NAMED_TUPLE, wire.DATACLASS}:
+        module, name, content = _reference_decoder.decode(part.data)
+        if part.code == wire.ENUM:
+            content = _canonical(content, depth + 1)
+        elif isinstance(content, dict) and all(isinstance(field, str) for field in content):
+            content = {field: _canonical(each, depth + 1) for field, each in content.items()}
+        else:
+            raise ValueNotDecodable(f"these bytes are no key: the fields of {module}.{name} are no map")
+        return Ext(part.code, _encode([module, name, content]))
+    raise ValueNotDecodable(f"these bytes are no key: no key holds {reprlib.repr(part)}")
 
 
 def _pack(part: Any, depth: int) -> Any:
@@ -178,3 +216,5 @@ def _same_fields(cls: type, names: list[str], stored: dict[str, Any]) -> dict[st
 
 
 _decoder = msgspec.msgpack.Decoder(ext_hook=_extension)
+_bare_decoder = msgspec.msgpack.Decoder()
+_reference_decoder = msgspec.msgpack.Decoder(tuple[str, str, Any])

@@ -13,9 +13,10 @@ import math
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 
@@ -25,6 +26,9 @@ from fsm_ray.options import SLOTS, redacted
 from fsm_ray.stores.owner import FORMAT, NOBODY, Owner, decode_owner, encode_owner, this_process
 
 logger = logging.getLogger(__name__)
+
+_SLOT_END = 3
+"""Where the key begins in sorted stores, behind `r` and the slot."""
 
 LEASE_MARGIN = 1.05
 """A new owner waits this many times the last one's lease: the clocks of machines differ less in speed."""
@@ -78,6 +82,71 @@ class Place:
     shards: int
     lease_s: float
     """See `BotOptions.ownership_lease_s`."""
+
+
+class Row(NamedTuple):
+    """One thing that lies in a store."""
+
+    kind: Literal["owner", "record", "session", "version", "other"]
+    where: str
+    """What people find it by."""
+    key: bytes
+    """The encoded key of a record, or the session."""
+    value: bytes
+    """As it was written; of the version, eight bytes."""
+    slot: int | None = None
+    """The slot that a record lies in."""
+    shown: tuple[str | None, str | None, int] | None = None
+    """Flow, state and version of a record, where the store shows them to people."""
+
+
+class Inspectable(ABC):
+    """A store that can be looked through beside its owner, who notices nothing. Nothing is written."""
+
+    @classmethod
+    @abstractmethod
+    async def places(cls, url: str) -> list[tuple[str, int]]:
+        """The shards that lie at the URL: bot and number, in order.
+
+        Raises:
+            InvalidInput: such a store cannot tell.
+            StoreUnavailable: it cannot be reached.
+        """
+
+    @abstractmethod
+    def rows(self) -> AsyncGenerator[Row, None]:
+        """Everything in this shard's store, unchecked: its owner first, and its version last.
+
+        A row may come twice. May block the event loop: it is for a process that does nothing else.
+
+        Raises:
+            StoreUnavailable: it cannot be reached.
+            StoreMismatch: there is something else in its place.
+            StoreCorrupted: the rest cannot be read.
+        """
+
+
+def sorted_row(key: bytes, value: bytes) -> Row:
+    """The row that lies under this key in a sorted store: `owner`, `version`, r, slot, key or s, session."""
+    where = f"key 0x{key.hex()}"
+    if key in {b"owner", b"version"}:
+        return Row("owner" if key == b"owner" else "version", where, b"", value)
+    if key[:1] == b"r" and len(key) > _SLOT_END:
+        return Row("record", where, key[_SLOT_END:], value, int.from_bytes(key[1:_SLOT_END], "big"))
+    return Row("session" if key[:1] == b"s" else "other", where, key[1:], value)
+
+
+def shard_directories(root: str) -> list[tuple[str, int]]:
+    """Bot and shard of each `<root>/<bot>/<shard>`, in order.
+
+    Raises:
+        StoreUnavailable: the root cannot be read.
+    """
+    try:
+        found = [path.relative_to(root).parts for bot in Path(root).iterdir() for path in bot.glob("*/")]
+    except OSError as error:
+        raise StoreUnavailable(f"{root} cannot be read: {error.strerror}") from error
+    return sorted((bot, int(shard)) for bot, shard in found if shard.isdecimal())
 
 
 def with_slot(key: bytes) -> bytes:

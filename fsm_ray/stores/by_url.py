@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from typing import Any
 
-from fsm_ray.errors import MissingExtra
-from fsm_ray.options import BotOptions
-from fsm_ray.stores.base import Place, Store
+from fsm_ray.errors import InvalidInput, MissingExtra
+from fsm_ray.options import BotOptions, make_options
+from fsm_ray.stores.base import Inspectable, Place, Store
 from fsm_ray.stores.memory import MemoryStore
 
 _KINDS = {
@@ -33,16 +33,7 @@ def make_store(bot_name: str, shard: int, options: BotOptions) -> Store:
     scheme = options.store_scheme
     if scheme not in _KINDS:
         return MemoryStore()
-    module, name = _KINDS[scheme]
-    try:
-        kind: Callable[[Place], Store] = getattr(importlib.import_module(f"fsm_ray.stores.{module}"), name)
-    except ImportError as error:
-        raise MissingExtra(
-            f"a {scheme}:// store needs {error.name}, which cannot be imported where the bot's actors run: "
-            f"pip install 'fsm-ray[{module}]' on all nodes",
-            bot=bot_name,
-        ) from error
-    return kind(
+    store: Store = _class_of(scheme, bot_name)(
         Place(
             url=options.store,
             bot_name=bot_name,
@@ -51,3 +42,32 @@ def make_store(bot_name: str, shard: int, options: BotOptions) -> Store:
             lease_s=options.ownership_lease_s,
         )
     )
+    return store
+
+
+def inspectable(url: str) -> Any:
+    """The class of the URL's store, a `Store` that is `Inspectable`.
+
+    Raises:
+        InvalidOptions: it is no URL of a store.
+        InvalidInput: there is nothing to inspect.
+        MissingExtra: its driver is not installed.
+    """
+    scheme = make_options(None, {"store": url}).store_scheme
+    if scheme not in _KINDS:
+        raise InvalidInput("a memory:// store keeps nothing that could be looked at")
+    kind = _class_of(scheme, None)
+    assert issubclass(kind, Inspectable)  # noqa: S101  # for every one in the table above
+    return kind
+
+
+def _class_of(scheme: str, bot_name: str | None) -> Any:
+    module, name = _KINDS[scheme]
+    try:
+        return getattr(importlib.import_module(f"fsm_ray.stores.{module}"), name)
+    except ImportError as error:
+        raise MissingExtra(
+            f"a {scheme}:// store needs {error.name}, which cannot be imported where the bot's actors run: "
+            f"pip install 'fsm-ray[{module}]' on all nodes",
+            bot=bot_name,
+        ) from error

@@ -28,21 +28,25 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar
 
 import msgspec
 from slatedb import uniffi as slatedb  # type: ignore[import-untyped]
 
-from fsm_ray.errors import NotOwner, StoreCorrupted, StoreMismatch, StoreUnavailable
+from fsm_ray.errors import InvalidInput, NotOwner, StoreCorrupted, StoreMismatch, StoreUnavailable
 from fsm_ray.stores.base import (
     Batch,
     Contents,
+    Inspectable,
     OwnedStore,
     Place,
+    Row,
     decode_answered,
     encode_answered,
+    shard_directories,
+    sorted_row,
     with_slot,
 )
 from fsm_ray.stores.owner import decode_owner
@@ -91,7 +95,7 @@ _SIGNS_OF_DAMAGE = (slatedb.Error.Data, slatedb.Error.Internal, slatedb.Internal
 _ALL = slatedb.KeyRange(start=None, start_inclusive=True, end=None, end_inclusive=True)
 
 
-class ObjectStore(OwnedStore):
+class ObjectStore(OwnedStore, Inspectable):
     """Keeps one shard in a SlateDB of its own."""
 
     is_shared: ClassVar[bool] = True
@@ -120,6 +124,34 @@ class ObjectStore(OwnedStore):
         write = slatedb.WriteBatch()
         write.put(_CONFIRMED, b"")
         await self._write(write)
+
+    @classmethod
+    async def places(cls, url: str) -> list[tuple[str, int]]:
+        """See `Inspectable.places`. Only a directory can tell: slatedb's interface lists no buckets."""
+        scheme, _, path = url.partition("://")
+        if scheme != "file":
+            raise InvalidInput(f"a {scheme}:// store cannot tell which bots it has: name one")
+        return shard_directories(path)
+
+    async def rows(self) -> AsyncGenerator[Row, None]:
+        """See `Inspectable.rows`. It is of one moment."""
+        reader = None
+        try:
+            await self._connect()
+            reader = await self._open_reader(skips_log=False)
+            if reader is None:
+                return
+            owner = await self._get(reader, _OWNER)
+            if owner is not None:
+                yield Row("owner", "key owner", b"", owner)
+            rows = await self._scan(reader)
+            while page := await self._next_page(rows):
+                for row in page:
+                    if row.key not in {_OWNER, _CONFIRMED}:
+                        yield sorted_row(row.key, row.value)
+        finally:
+            await self._shut_down(reader)
+            await self.close()
 
     @property
     def _opened(self) -> Any:

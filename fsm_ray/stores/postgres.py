@@ -19,7 +19,7 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, ClassVar, LiteralString
 
@@ -33,7 +33,16 @@ from psycopg.pq import Format
 from fsm_ray.codec import slot_of
 from fsm_ray.errors import ConfigurationError, FsmRayError, StoreCorrupted, StoreMismatch, StoreUnavailable
 from fsm_ray.record import check_blob, front_of
-from fsm_ray.stores.base import Answered, Batch, Contents, OwnedStore, Place
+from fsm_ray.stores.base import (
+    Answered,
+    Batch,
+    Contents,
+    Inspectable,
+    OwnedStore,
+    Place,
+    Row,
+    encode_answered,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +177,18 @@ DECLARE sessions NO SCROLL CURSOR FOR
 SELECT session, number, reply, at_s FROM fsm_ray.sessions WHERE bot = %(bot)s AND shard = %(shard)s
 """
 
+_PLACES = """
+SELECT bot, shard FROM fsm_ray.owners
+UNION SELECT bot, shard FROM fsm_ray.records
+UNION SELECT bot, shard FROM fsm_ray.sessions
+ORDER BY bot, shard
+"""
+
+_ROWS = """
+DECLARE records NO SCROLL CURSOR FOR
+SELECT key, blob, slot, flow, state, version FROM fsm_ray.records WHERE bot = %(bot)s AND shard = %(shard)s
+"""
+
 _GRANTS = (
     "let an administrator run GRANT CREATE ON DATABASE {database} TO {user}; or, where the schema is there, "
     "GRANT USAGE ON SCHEMA fsm_ray TO {user}; "
@@ -199,7 +220,7 @@ _MIN_TIMEOUT_S = 5.0
 """A shorter lease is no reason to give up a server that takes longer for, say, a large batch."""
 
 
-class PostgresStore(OwnedStore):
+class PostgresStore(OwnedStore, Inspectable):
     """Keeps one shard in the schema `fsm_ray` of the URL's database."""
 
     is_shared: ClassVar[bool] = True
@@ -222,6 +243,38 @@ class PostgresStore(OwnedStore):
         # Shielded, for psycopg waits for seconds before it lets itself be cancelled by a server that hangs.
         await asyncio.shield(self._confirm())
 
+    @classmethod
+    async def places(cls, url: str) -> list[tuple[str, int]]:
+        """See `Inspectable.places`."""
+        store = cls(Place(url=url, bot_name="-", shard=0, shards=1, lease_s=_MIN_TIMEOUT_S))
+        try:
+            await store._connect_to_read()
+            return [(str(bot), int(shard)) for bot, shard in await store._execute(_PLACES)]
+        finally:
+            await store.close()
+
+    async def rows(self) -> AsyncGenerator[Row, None]:
+        """See `Inspectable.rows`. It is of one moment."""
+        try:
+            await self._connect_to_read()
+            owner = await self._read_owner()
+            if owner is not None:
+                yield Row("owner", "fsm_ray.owners", b"", owner)
+            await self._execute(_ROWS)
+            while rows := await self._execute("FETCH 5000 FROM records", _LOAD_TIMEOUT_S):
+                for key, blob, slot, *shown in rows:
+                    where = f"fsm_ray.records, key = '\\x{key.hex()}'"
+                    yield Row("record", where, key, blob, slot, (shown[0], shown[1], shown[2]))
+            await self._execute(_SESSIONS)
+            while rows := await self._execute("FETCH 500 FROM sessions", _LOAD_TIMEOUT_S):
+                for session, *answered in rows:
+                    where = f"fsm_ray.sessions, session = '\\x{session.hex()}'"
+                    yield Row("session", where, session, encode_answered(Answered(*answered)))
+            for (version,) in await self._execute(_VERSION):
+                yield Row("version", "fsm_ray.owners", b"", int(version).to_bytes(8, "big", signed=True))
+        finally:
+            await self.close()
+
     @property
     def _epoch(self) -> int:
         return 0 if self.owner is None else self.owner.epoch
@@ -241,6 +294,18 @@ class PostgresStore(OwnedStore):
             raise self._not_owner()
 
     async def _connect(self) -> None:
+        await self._open_connection()
+        await self._migrate()
+
+    async def _connect_to_read(self) -> None:
+        """Connect, and see everything as it is at this moment; a schema that is not there is not made."""
+        await self._open_connection()
+        await self._execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        await self._execute(_NO_TIMEOUT)
+        [(version,)] = await self._execute("SELECT coalesce(max(version), 0) FROM fsm_ray.migrations")
+        self._check_version(version)
+
+    async def _open_connection(self) -> None:
         place = self.place
         self._check_url()
         self._gave_up_after_s = None
@@ -258,7 +323,6 @@ class PostgresStore(OwnedStore):
             raise self._unanswered(self.timeout_s) from error
         self._connection.adapters.register_dumper(_Array, _ArrayDumper)
         await self._set_up()
-        await self._migrate()
 
     def _check_url(self) -> None:
         """Refuse a URL that does not mean what it should, before the driver shows parts of its password."""
@@ -327,13 +391,16 @@ class PostgresStore(OwnedStore):
             await connection.execute(_VERSIONS)
         cursor = await connection.execute("SELECT coalesce(max(version), 0) FROM fsm_ray.migrations")
         [(version,)] = await cursor.fetchall()
+        self._check_version(version)
+        return int(version)
+
+    def _check_version(self, version: int) -> None:
         if version > len(MIGRATIONS):
             raise StoreMismatch(
                 f"{self.name}: the schema fsm_ray has version {version}, and this fsm_ray knows "
                 f"{len(MIGRATIONS)}; nothing was changed: update fsm_ray on all nodes",
                 bot=self.place.bot_name,
             )
-        return int(version)
 
     async def _read_owner(self) -> bytes | None:
         [(owner, has_records)] = await self._execute(_READ_OWNER)

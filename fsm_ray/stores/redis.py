@@ -20,7 +20,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
@@ -44,8 +45,10 @@ from fsm_ray.record import check_blob
 from fsm_ray.stores.base import (
     Batch,
     Contents,
+    Inspectable,
     OwnedStore,
     Place,
+    Row,
     decode_answered,
     encode_answered,
     with_slot,
@@ -61,6 +64,7 @@ The lease itself does not depend on them: it lapses whether or not a commit has 
 _PAGE = 1000
 """Fields that one HSCAN asks for. Larger pages are no faster, and keep the server and this loop longer."""
 _SLOT_BYTES = 2
+_OWNER_KEY = re.compile(rb"fsm_ray:\{([^/{}]+)/(\d+)\}:(?:owner|records|sessions)")
 
 _Arguments = Sequence[bytes | int]
 
@@ -107,7 +111,7 @@ return 1
 """)
 
 
-class RedisStore(OwnedStore):
+class RedisStore(OwnedStore, Inspectable):
     """Keeps one shard in three hashes of a server's database."""
 
     is_shared: ClassVar[bool] = True
@@ -170,6 +174,41 @@ class RedisStore(OwnedStore):
                 raise InvalidOptions(str(error), bot=error.bot) from error.__cause__
             raise
 
+    @classmethod
+    async def places(cls, url: str) -> list[tuple[str, int]]:
+        """See `Inspectable.places`."""
+        store = cls(Place(url=url, bot_name="-", shard=0, shards=1, lease_s=_MAX_TIMEOUT_S))
+        found, cursor = set(), b"0"
+        try:
+            await store._connect_to_read()
+            while True:
+                cursor, keys = await store._call(b"SCAN", cursor, b"MATCH", b"fsm_ray:{*}:*", b"COUNT", _PAGE)
+                found |= {match.groups() for key in keys if (match := _OWNER_KEY.fullmatch(key))}
+                if cursor == b"0":
+                    return sorted((bot.decode(), int(shard)) for bot, shard in found)
+        finally:
+            await store.close()
+
+    async def rows(self) -> AsyncGenerator[Row, None]:
+        """See `Inspectable.rows`. What is written meanwhile may be among them."""
+        try:
+            await self._connect_to_read()
+            owner = await self._read_owner()
+            if owner is not None:
+                yield Row("owner", f"field owner of {self._owner_key.decode()}", b"", owner)
+            async for field, blob in self._items(self._records_key):
+                where = f"field {field!r} of {self._records_key.decode()}"
+                slot = int.from_bytes(field[:_SLOT_BYTES], "big")
+                yield Row("record", where, field[_SLOT_BYTES:], blob, slot)
+            async for session, answered in self._items(self._sessions_key):
+                yield Row("session", f"field {session!r} of {self._sessions_key.decode()}", session, answered)
+            version = await self._call(b"HGET", self._owner_key, b"version")
+            if version is not None and version.isdigit() and int(version) < 1 << 64:
+                where = f"field version of {self._owner_key.decode()}"
+                yield Row("version", where, b"", int(version).to_bytes(8, "big"))
+        finally:
+            await self.close()
+
     @property
     def _opened(self) -> _Connection:
         if self._connection is None:
@@ -177,10 +216,13 @@ class RedisStore(OwnedStore):
         return self._connection
 
     async def _connect(self) -> None:
+        await self._connect_to_read()
+        await self._check_server()
+
+    async def _connect_to_read(self) -> None:
         self._connection = self._new_connection()
         with self._translated():
             await self._connection.connect()
-        await self._check_server()
 
     async def _disconnect(self) -> None:
         connection, self._connection = self._connection, None

@@ -12,21 +12,35 @@ is no lease. The layout of the one column family:
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
+import re
+import tempfile
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, ClassVar, TypeVar, cast
 
 import msgspec
-from rocksdict import DBRecoveryMode, MemtableFactory, Options, Rdict, ReadOptions, WriteBatch
+from rocksdict import AccessType, DBRecoveryMode, MemtableFactory, Options, Rdict, ReadOptions, WriteBatch
 
 from fsm_ray.errors import FsmRayError, StoreCorrupted, StoreMismatch, StoreUnavailable
 from fsm_ray.options import SLOTS
-from fsm_ray.stores.base import Batch, Contents, OwnedStore, Place, decode_answered, encode_answered
+from fsm_ray.stores.base import (
+    Batch,
+    Contents,
+    Inspectable,
+    OwnedStore,
+    Place,
+    Row,
+    decode_answered,
+    encode_answered,
+    shard_directories,
+    sorted_row,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +56,14 @@ _KEY_START = 3
 _RECORD_PREFIXES = tuple(_RECORD + slot.to_bytes(2, "big") for slot in range(SLOTS))
 _READAHEAD_BYTES = 4 << 20
 
+_SCRATCH = "fsm_ray-look-"
+"""How the name of a directory of links begins."""
 
-class RocksDBStore(OwnedStore):
+_LOOKS = 5
+"""How often a directory is tried to be read whose owner is just replacing files."""
+
+
+class RocksDBStore(OwnedStore, Inspectable):
     """Keeps one shard in a directory of its own, `<directory>/<bot>/<shard>`."""
 
     is_shared: ClassVar[bool] = False
@@ -88,6 +108,30 @@ class RocksDBStore(OwnedStore):
         """Never called: who has the lock is the owner."""
         raise NotImplementedError
 
+    @classmethod
+    async def places(cls, url: str) -> list[tuple[str, int]]:
+        """See `Inspectable.places`."""
+        return shard_directories(url.partition("://")[2])
+
+    async def rows(self) -> AsyncGenerator[Row, None]:
+        """See `Inspectable.rows`. It is of one moment."""
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH) as scratch:
+            self._db = db = self._open_to_read(Path(scratch))
+            try:
+                # Not from the beginning by itself: `_stored` says why it may end early.
+                for key, value in itertools.chain(
+                    [(_OWNER, db.get(_OWNER))], self._strangers(), self._stored()
+                ):
+                    if value is not None:
+                        yield sorted_row(key, value)
+                if db.get(_VERSION) is None:
+                    self._find_damage()
+            except Exception as error:
+                raise self._translated(error) from error
+            finally:
+                self._db = None
+                db.close()
+
     @property
     def _opened(self) -> Rdict:
         if self._db is None:
@@ -129,9 +173,38 @@ class RocksDBStore(OwnedStore):
     async def _load(self) -> Contents:
         return await self._at_work.run(self._read_all)
 
-    def _open_directory(self) -> None:
+    def _open_to_read(self, scratch: Path) -> Rdict:
+        """The database as it is now, which its owner may go on writing.
+
+        By links, for rocksdict writes into the directory that it opens, also when it is to read only.
+        """
+        if not self.directory.is_dir():
+            raise StoreUnavailable(f"{self.directory} is not there", bot=self.place.bot_name)
+        self._check_files()
+        options = self._options()
+        for look in itertools.count(1):
+            links = scratch / str(look)
+            links.mkdir()
+            for path in self.directory.iterdir():
+                if path.suffix in {".sst", ".log"} or path.name.startswith(("CURRENT", "MANIFEST")):
+                    (links / path.name).symlink_to(path.absolute())
+            try:
+                return Rdict(
+                    str(links), options, access_type=AccessType.read_only(error_if_log_file_exist=False)
+                )
+            except Exception as error:
+                # Files that an owner has just replaced are gone when they are come to.
+                if look == _LOOKS or "No such file" not in str(error):
+                    raise self._translated(error) from error
+        raise AssertionError  # the last look returns or raises
+
+    def _strangers(self) -> Iterator[tuple[bytes, bytes]]:
+        """What lies before the records and is not the owner."""
+        before = itertools.takewhile(lambda item: item[0] < _RECORD, self._stored(from_key=b""))
+        return (item for item in before if item[0] != _OWNER)
+
+    def _options(self) -> Options:
         options = Options(raw_mode=True)
-        options.create_if_missing(create_if_missing=True)
         options.set_paranoid_checks(enabled=True)
         # A torn end of the log is what a crash leaves of a commit that nobody was told of. Other damage is
         # refused; by default, RocksDB would go on without all that follows it.
@@ -140,6 +213,11 @@ class RocksDBStore(OwnedStore):
         # write of 128 records takes 74 us instead of 256.
         options.set_memtable_factory(MemtableFactory.vector())
         options.set_allow_concurrent_memtable_write(allow=False)
+        return options
+
+    def _open_directory(self) -> None:
+        options = self._options()
+        options.create_if_missing(create_if_missing=True)
         options.set_keep_log_file_num(5)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -222,12 +300,12 @@ class RocksDBStore(OwnedStore):
             raise self._translated(error) from error
         return contents
 
-    def _stored(self) -> Iterator[tuple[bytes, bytes]]:
+    def _stored(self, from_key: bytes = _RECORD) -> Iterator[tuple[bytes, bytes]]:
         """Records, sessions and the version; less, without a word, where a block is damaged."""
         # Nobody may keep this iterator, not even a traceback: it keeps the directory's lock.
         options = ReadOptions()
         options.set_readahead_size(_READAHEAD_BYTES)
-        return cast("Iterator[tuple[bytes, bytes]]", self._opened.items(from_key=_RECORD, read_opt=options))
+        return cast("Iterator[tuple[bytes, bytes]]", self._opened.items(from_key=from_key, read_opt=options))
 
     def _find_damage(self) -> None:
         """Raise what RocksDB says of it."""
@@ -247,7 +325,7 @@ class RocksDBStore(OwnedStore):
 
     def _translated(self, error: Exception) -> FsmRayError:
         """The error of ours for one of rocksdict's, which raises bare exceptions with RocksDB's message."""
-        said = " ".join(str(error).split())
+        said = re.sub(rf"\S*/{_SCRATCH}\w+/\d+", str(self.directory), " ".join(str(error).split()))
         bot = self.place.bot_name
         if isinstance(error, FsmRayError):
             return error

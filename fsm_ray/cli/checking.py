@@ -1,0 +1,88 @@
+"""The commands that look for trouble: `verify` and `doctor`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fsm_ray.cli.exits import EXIT_FAILED
+from fsm_ray.cli.shared import AsJson
+
+if TYPE_CHECKING:
+    from fsm_ray.verification import ShardReport
+
+
+def verify(
+    store: Annotated[
+        str,
+        typer.Argument(
+            metavar="STORE_URL", help="The bot's `store=`, as `rocksdb:///dir`.", show_default=False
+        ),
+    ],
+    bot_name: Annotated[
+        str | None,
+        typer.Argument(metavar="BOT", help="One bot. Default: all that are there.", show_default=False),
+    ] = None,
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Check what a store holds, without Ray. Nothing is written, and the bot may run meanwhile.
+
+    Checked are: who owns each shard, and in which format; that records, keys and the answers to writes can be
+    read; that each record lies in the shard and slot of its key, and none is of a later version than its
+    shard. A rocksdb store is read where its directory is: on the bot's node.
+    """
+    import asyncio
+
+    async def look_through() -> list[ShardReport]:
+        from fsm_ray.verification import verify as reports
+
+        found = []
+        async for report in reports(store, bot_name):
+            _tell(report, as_json=as_json)
+            found.append(report)
+        return found
+
+    reports = asyncio.run(look_through())
+    faults = sum(len(report.findings) + report.more_findings for report in reports)
+    if not as_json:
+        what = f" of {bot_name}" if bot_name else ""
+        typer.echo(
+            f"{len(reports):,} shards{what}, {sum(report.records for report in reports):,} records: "
+            + (f"{faults:,} findings" if faults else "all is well" if reports else "there is nothing there")
+        )
+    if faults or not reports:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _tell(report: ShardReport, *, as_json: bool) -> None:
+    from fsm_ray.cli.texts import printable, to_line
+
+    if as_json:
+        typer.echo(to_line(_to_json(report)))
+        return
+    shards = "" if report.owner is None else f" of {report.owner.shards}"
+    typer.echo(
+        f"{report.bot_name} shard {report.shard}{shards}: {report.records:,} records, "
+        f"{report.sessions:,} sessions, version {report.version}"
+    )
+    for finding in report.findings:
+        typer.echo(printable(f"  {finding.where}: {finding.problem}"))
+    if report.more_findings:
+        typer.echo(f"  and {report.more_findings:,} more")
+
+
+def _to_json(report: ShardReport) -> dict[str, Any]:
+    owner = report.owner
+    return {
+        "bot": report.bot_name,
+        "shard": report.shard,
+        "shards": None if owner is None else owner.shards,
+        "epoch": None if owner is None else owner.epoch,
+        "version": report.version,
+        "records": report.records,
+        "sessions": report.sessions,
+        "findings": [{"where": each.where, "problem": each.problem} for each in report.findings],
+        "more_findings": report.more_findings,
+    }
