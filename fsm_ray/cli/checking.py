@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fsm_ray.cli.exits import EXIT_FAILED
-from fsm_ray.cli.shared import AsJson
+from fsm_ray.cli.shared import Address, AsJson, attach
 
 if TYPE_CHECKING:
     from fsm_ray.verification import ShardReport
@@ -54,6 +54,48 @@ def verify(
         )
     if faults or not reports:
         raise typer.Exit(EXIT_FAILED)
+
+
+def doctor(
+    *,
+    store: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Also check the way to this store, from where a bot's actors run."),
+    ] = None,
+    node_resource: Annotated[
+        str | None,
+        typer.Option(metavar="RESOURCE", help="The bot's `node_resource`, for a rocksdb store."),
+    ] = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check what bots need, and say how to mend what is wrong. Nothing is changed.
+
+    Checked are: Python and package versions; Ray, and the file in which it remembers its address; on each
+    node fsm_ray's version, the directory of its sockets, the clock and the priority of workers; the way to a
+    store; and whether each bot answers.
+    """
+    from fsm_ray.cli.doctor import examine
+    from fsm_ray.cli.texts import printable, to_line
+
+    problems = 0
+    for check in examine(address, store, node_resource, attach):
+        problems += check.outcome == "problem"
+        if as_json:
+            typer.echo(to_line(check._asdict()))
+            continue
+        mark, colour = _MARKS[check.outcome]
+        told = " ".join(check.told.split())
+        typer.echo(f"{typer.style(mark, fg=colour)} {printable(f'{check.name}: {told}')}")
+        if check.cure:
+            typer.echo(f"          to mend it: {check.cure}")
+    if not as_json:
+        typer.echo(f"{problems:,} problem{'' if problems == 1 else 's'}" if problems else "All is well.")
+    if problems:
+        raise typer.Exit(EXIT_FAILED)
+
+
+_MARKS = {"ok": ("ok      ", "green"), "hint": ("hint    ", "yellow"), "problem": ("problem ", "red")}
 
 
 def _tell(report: ShardReport, *, as_json: bool) -> None:

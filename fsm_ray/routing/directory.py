@@ -100,11 +100,19 @@ def _running_ray(*, may_start: bool) -> str | None:
         return None
 
 
-def _answering(address: str) -> str:
-    """The address, if somebody listens there: Ray itself takes minutes to find out that nobody does."""
+def check_answers(address: str) -> None:
+    """Return if somebody listens there: Ray itself takes minutes to find out that nobody does.
+
+    Raises:
+        OSError: nobody does.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), PROBE_TIMEOUT_S).close()
+
+
+def _answering(address: str) -> str:
+    check_answers(address)
     return address
 
 

@@ -1,0 +1,592 @@
+"""The commands on a running cluster: what they print, what they change, and how they end."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+import fsm_ray
+from fsm_ray import State, Storage, cli
+from fsm_ray.cli import doctor
+from fsm_ray.cli.texts import key_text, read_data, read_key
+from fsm_ray.errors import InvalidData, InvalidKey, NamespaceUnavailable, PickleNotAllowed, UnknownBot
+from fsm_ray.routing import directory
+
+from .conftest import DEADLINE_S, RayCluster
+from .test_transfer import KEYS
+
+COMMAND = str(Path(sys.executable).with_name("fsm-ray"))
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in this process: its exit code, and what it printed on stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fsm-ray", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        code = stopped.value.code
+        assert isinstance(code, int)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def bot(cluster: RayCluster) -> Iterator[str]:
+    """A bot of two shards, for all tests of this file: each has keys of its own."""
+    name = f"cli-{uuid.uuid4().hex[:8]}"
+    with Storage() as storage:
+        storage.init(name, shards=2)
+        yield name
+        with suppress(UnknownBot):
+            storage.drop(name)
+
+
+@pytest.fixture
+def storage(bot: str) -> Iterator[Storage]:
+    with Storage() as storage:
+        yield storage
+
+
+@pytest.fixture
+def key() -> str:
+    """A key that no other test has."""
+    return uuid.uuid4().hex
+
+
+def objects(out: str) -> list[Any]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+# Keys and data on the command line
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_can_be_given_as_it_is_shown(key: Any) -> None:
+    found = read_key(key_text(key))
+
+    assert (type(found), found) == (type(key), key)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("42", 42),
+        (" -100", -100),
+        ("(-100, 42)", (-100, 42)),
+        ("[-100, [42, null]]", (-100, (42, None))),
+        ('"42"', "42"),
+        ("b'x'", b"x"),
+        ('("a", {"$int": "9"})', ("a", 9)),
+        ("null", None),
+        ("None", None),
+        ("true", True),
+    ],
+)
+def test_a_key_is_a_literal(text: str, key: Any) -> None:
+    found = read_key(text)
+
+    assert (type(found), found) == (type(key), key)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "abc",
+        "__import__('os')",
+        "{1}",
+        '{"a": 1}',
+        '{"$pickle": "gA=="}',
+        "nan",
+        "NaN",
+        "(" * 3_000,
+        "1+2j",
+    ],
+)
+def test_what_is_no_key_is_refused_and_what_is_accepted_told(text: str) -> None:
+    with pytest.raises(InvalidKey, match="a key is written as a literal of Python or JSON: 42, "):
+        read_key(text)
+
+
+def test_data_keeps_its_types_and_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"n": 1.0}'))
+
+    assert read_data('{"a": {"$tuple": [1, "x"]}}') == {"a": (1, "x")}
+    assert read_data("-") == {"n": 1.0}
+    with pytest.raises(PickleNotAllowed):
+        read_data('{"a": {"$pickle": "gASVAAA="}}')
+    for text in ("[1]", "{", f'{{"a": {10**30}}}', "[" * 3_000):
+        with pytest.raises(InvalidData):
+            read_data(text)
+
+
+# Conversations
+
+
+@pytest.mark.ray
+def test_what_set_writes_get_prints(run: Run, bot: str, storage: Storage, key: str) -> None:
+    code, out, _ = run(
+        *("set", bot, repr(key), "--flow", "order", "--state", "pay", "--data", '{"at": {"$tuple": [1]}}')
+    )
+    state = storage.get_state(bot, key)
+
+    assert state == State(flow="order", state="pay", data={"at": (1,)})
+    assert (code, out) == (
+        0,
+        f"{bot} '{key}' is in order:pay with 1 field of data, version {state.version}\n",
+    )
+    code, out, _ = run("get", bot, repr(key), "--json")
+    assert code == 0
+    assert objects(out) == [
+        {
+            "key": key,
+            "flow": "order",
+            "state": "pay",
+            "data": {"at": {"$tuple": [1]}},
+            "version": state.version,
+            "expires_at": None,
+        }
+    ]
+
+
+@pytest.mark.ray
+def test_set_without_merge_replaces_the_record_and_with_it_keeps_the_rest(
+    run: Run, bot: str, storage: Storage, key: str
+) -> None:
+    storage.set_state(bot, key, State(flow="order", state="pay", data={"a": 1, "b": 2}))
+    run("set", bot, repr(key), "--merge", "--data", '{"b": 3, "c": 4}', "--ttl", "60")
+    merged = storage.get_state(bot, key)
+    run("set", bot, repr(key), "--merge", "--state", "done")
+    moved = storage.get_state(bot, key)
+    run("set", bot, repr(key), "--state", "new")
+
+    assert merged == State(flow="order", state="pay", data={"a": 1, "b": 3, "c": 4})
+    assert merged.expires_at is not None
+    assert moved == State(flow="order", state="done", data={"a": 1, "b": 3, "c": 4})
+    assert storage.get_state(bot, key) == State(state="new")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("merge", [(), ("--merge",)])
+def test_a_version_that_is_not_the_expected_one_changes_nothing(
+    run: Run, bot: str, storage: Storage, key: str, merge: tuple[str, ...]
+) -> None:
+    version = storage.set_state(bot, key, State(state="old"))
+    code, _, err = run(
+        *("set", bot, repr(key), "--state", "new", "--expected-version", str(version + 1), *merge)
+    )
+
+    assert (code, "expected version" in err) == (cli.EXIT_FAILED, True)
+    assert storage.get_state(bot, key) == State(state="old")
+    assert run("set", bot, repr(key), "--state", "x", "--expected-version", str(version), *merge)[0] == 0
+
+
+@pytest.mark.ray
+def test_a_negative_number_is_a_key_and_no_option(run: Run, bot: str) -> None:
+    assert run("set", bot, "-100", "--state", "x")[0] == 0
+    assert run("get", bot, "-100")[1].startswith("key      -100\nflow     -\nstate    x\n")
+    assert run("clear", bot, "-100", "--yes")[1] == f"Cleared -100 of {bot}\n"
+
+
+@pytest.mark.ray
+def test_without_a_record_get_fails_and_clear_does_not(run: Run, bot: str, key: str) -> None:
+    assert run("get", bot, repr(key), "--json") == (1, "null\n", f"{bot} has no record of '{key}'\n")
+    code, out, _ = run("clear", bot, repr(key), "--yes", "--json")
+    assert (code, objects(out)) == (0, [{"key": key, "cleared": False}])
+
+
+@pytest.mark.ray
+def test_what_removes_something_is_refused_where_nobody_can_be_asked(
+    run: Run, *, bot: str, storage: Storage, key: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    storage.set_state(bot, key, State(state="x"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    path = tmp_path / "export"
+    path.write_text("mine")
+    for arguments in (("clear", bot, repr(key)), ("drop", bot), ("export", bot, str(path))):
+        code, _, err = run(*arguments)
+        assert (code, "Nobody can be asked here: say --yes" in err) == (cli.EXIT_USAGE, True)
+
+    assert storage.get_state(bot, key) == State(state="x")
+    assert path.read_text() == "mine"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("answer", "is_cleared"), [("y\n", True), ("n\n", False), ("\n", False)])
+def test_on_a_terminal_it_is_asked(
+    run: Run,
+    *,
+    bot: str,
+    storage: Storage,
+    key: str,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str,
+    is_cleared: bool,
+) -> None:
+    storage.set_state(bot, key, State(state="x"))
+    monkeypatch.setattr(sys, "stdin", Terminal(answer))
+    code, _, _ = run("clear", bot, repr(key))
+
+    assert code == (0 if is_cleared else 1)
+    assert (storage.get_state(bot, key) is None) == is_cleared
+
+
+@pytest.mark.ray
+def test_nothing_that_users_wrote_commands_the_terminal(
+    run: Run, bot: str, storage: Storage, key: str
+) -> None:
+    storage.set_state(bot, key, State(flow=key, state="\x1b[2J", data={"\x9b": "Zoë\n\x07"}))
+    for arguments in (("get", bot, repr(key)), ("scan", bot, "--flow", key), ("count", bot, "--by", "state")):
+        for form in ((), ("--json",)):
+            code, out, _ = run(*arguments, *form)
+            assert code == 0
+            assert "\\u001b[2J" in out
+            assert out.replace("\n", "").isprintable()
+
+
+# Across
+
+
+@pytest.mark.ray
+def test_scan_and_count_see_a_flow_a_state_and_pages(run: Run, bot: str, storage: Storage, key: str) -> None:
+    for number in range(5):
+        storage.set_state(bot, (key, number), State(flow=key, state="odd" if number % 2 else "even"))
+    _, out, _ = run("scan", bot, "--flow", key, "--json")
+    lines = objects(out)
+    _, first, _ = run("scan", bot, "--flow", key, "--json", "--limit", "2")
+    _, rest, _ = run("scan", bot, "--flow", key, "--json", "--after", json.dumps(lines[1]["key"]))
+    _, counted, _ = run("count", bot, "--by", "state", "--json")
+    _, shown, _ = run("count", bot, "--by", "flow")
+
+    assert sorted(line["key"] for line in lines) == [[key, number] for number in range(5)]
+    assert objects(first) + objects(rest) == lines
+    assert {"flow": key, "state": "even", "count": 3} in objects(counted)
+    assert f"         5  {key}\n" in shown
+    assert run("count", bot)[1] == f"{storage.count(bot)}\n"
+
+
+@pytest.mark.ray
+def test_a_watch_tells_changes_since_a_position_and_where_to_go_on(
+    run: Run, bot: str, storage: Storage, key: str
+) -> None:
+    position = list(storage.position(bot))
+    storage.set_state(bot, key, State(state="a"))
+    storage.set_state(bot, key, State(state="b"))
+    storage.clear(bot, key)
+    code, out, err = run("watch", bot, "--since", json.dumps(position), "--limit", "3", "--json")
+    changes = objects(out)
+    _, shown, _ = run("watch", bot, "--since", json.dumps(position), "--limit", "3")
+
+    assert code == 0
+    assert [change["before"] for change in changes] == [
+        None,
+        {"flow": None, "state": "a"},
+        {"flow": None, "state": "b"},
+    ]
+    assert [change["now"] and change["now"]["state"] for change in changes] == ["a", "b", None]
+    assert err == f"to go on: --since '{changes[-1]['position']}'\n"
+    assert [line.split("  ")[1] for line in shown.splitlines()] == ["new -> a", "a -> b", "b -> no record"]
+    code, _, err = run("watch", bot, "--since", "[1]")
+    assert code == cli.EXIT_USAGE
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ctrl_c_ends_a_watch_with_130_and_a_closed_pipe_ends_one_quietly(
+    cluster: RayCluster, bot: str, storage: Storage, key: str
+) -> None:
+    def watch() -> subprocess.Popen[str]:
+        position = json.dumps(list(storage.position(bot)))
+        storage.set_state(bot, key, State(state="x"))
+        return subprocess.Popen(
+            [COMMAND, "watch", bot, "--address", cluster.address, "--since", position],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    interrupted, piped = watch(), watch()
+    for process in (interrupted, piped):
+        assert process.stdout is not None
+        assert process.stdout.readline() != ""
+    interrupted.send_signal(signal.SIGINT)
+    _, err = interrupted.communicate(timeout=DEADLINE_S)
+    assert piped.stdout is not None
+    piped.stdout.close()
+    for number in range(2):
+        storage.set_state(bot, key, State(state=str(number)))
+    piped.wait(DEADLINE_S)
+    assert piped.stderr is not None
+    told = piped.stderr.read()
+    piped.stderr.close()
+
+    assert (interrupted.returncode, piped.returncode) == (cli.EXIT_INTERRUPTED, 0)
+    assert err.startswith("to go on: --since '[")
+    assert "Traceback" not in err + told
+    assert "BrokenPipe" not in told
+
+
+# Bots
+
+
+@pytest.mark.ray
+def test_bots_are_listed_and_described_without_passwords(
+    run: Run, bot: str, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    description = storage.describe(bot)
+    secret = description.options.model_copy(update={"store": "redis://me:s3cret@host/0"})
+    code, out, _ = run("bots", "--json")
+    assert code == 0
+    assert {"bot": bot} in objects(out)
+    assert bot in run("bots")[1].splitlines()
+
+    monkeypatch.setattr(
+        Storage, "describe", lambda *_: directory.BotDescription(bot, secret, description.shards)
+    )
+    for form in ((), ("--json",)):
+        code, out, _ = run("describe", bot, *form)
+        assert code == 0
+        assert "redis://me:***@host/0" in out
+        assert "s3cret" not in out
+    assert json.loads(out)["shards"][1]["statistics"]["records"] == description.shards[1].statistics.records
+
+
+@pytest.mark.ray
+def test_a_bot_that_is_not_there_is_told(run: Run, cluster: RayCluster) -> None:
+    for command in (("describe",), ("count",), ("scan",), ("drop", "--yes"), ("watch",), ("export",)):
+        code, _, err = run(command[0], "nobody", *command[1:])
+        assert (code, "no bot 'nobody' on this Ray cluster" in err) == (cli.EXIT_FAILED, True)
+
+
+@pytest.mark.ray
+def test_drop_ends_the_bot_and_says_what_becomes_of_its_records(
+    run: Run, bot_name: str, storage: Storage, tmp_path: Path
+) -> None:
+    storage.init(bot_name)
+    code, out, _ = run("drop", bot_name, "--yes")
+
+    assert (code, "lived in its actors alone, and go with them" in out) == (0, True)
+    assert bot_name not in storage.bots()
+
+
+# Moving
+
+
+@pytest.mark.ray
+def test_an_export_is_imported_once_and_what_is_refused_fails(
+    run: Run, *, bot: str, bot_name: str, storage: Storage, key: str, tmp_path: Path
+) -> None:
+    storage.init(bot_name)
+    storage.set_state(bot, key, State(flow="f", data={"pair": (1, 2)}))
+    path = tmp_path / "export.jsonl"
+    code, _, err = run("export", bot, str(path))
+    assert (code, err.startswith("Exported ")) == (0, True)
+    assert list(tmp_path.iterdir()) == [path]
+
+    code, out, _ = run("import", bot_name, str(path), "--json")
+    again = run("import", bot_name, str(path))
+    assert code == 0
+    assert storage.get_state(bot_name, key) == State(flow="f", data={"pair": (1, 2)})
+    total = storage.count(bot_name)
+    assert json.loads(out) == {"written": total, "skipped": 0, "refused": []}
+    assert again[1] == (
+        f"Imported 0 conversations into {bot_name}; {total} were there already, or have ended\n"
+    )
+
+    path.write_text(path.read_text().splitlines()[0] + "\n{}\n")
+    code, _, err = run("import", bot_name, str(path))
+    assert (code, "left out line 2: " in err, "left out the end: " in err) == (1, True, True)
+    assert run("import", bot_name, str(tmp_path / "none"))[0] == cli.EXIT_USAGE
+    assert run("import", bot_name, __file__)[0] == cli.EXIT_USAGE
+
+
+@pytest.mark.ray
+def test_importers_tell_of_a_source_that_cannot_be_read(run: Run, bot: str, tmp_path: Path) -> None:
+    nothing, nowhere = str(tmp_path / "none"), "redis://:s3cret@127.0.0.1:1"
+
+    for kind in ("telebot-pickle", "telegram-pickle"):
+        assert run("import-from", kind, nothing, bot)[0] == cli.EXIT_USAGE
+    for kind in ("telebot-redis", "aiogram-redis"):
+        code, _, err = run("import-from", kind, nowhere, bot, "--bot-id", "1")
+        assert (code, "s3cret" in err) == (cli.EXIT_UNAVAILABLE, False)
+        assert err.count("\n") == 1
+
+
+# Ray
+
+
+def test_no_command_starts_a_ray(run: Run, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setattr(directory.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(directory.ray, "init", lambda **_: pytest.fail("a Ray was started"))
+    monkeypatch.setattr(directory.services, "canonicalize_bootstrap_address", lambda _: None)
+    for arguments in (
+        ("bots",),
+        ("get", "bot", "1"),
+        ("export", "bot"),
+        ("count", "bot", "--address", "local"),
+    ):
+        code, _, err = run(*arguments)
+        assert code == cli.EXIT_UNAVAILABLE
+        assert err.startswith("fsm-ray: no Ray at ")
+        assert "Start one with `ray start --head`, or give the address of a running cluster" in err
+
+    monkeypatch.setattr(directory.services, "canonicalize_bootstrap_address", lambda _: "127.0.0.1:9")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    code, _, err = run("bots")
+    assert (code, "the one that ran at 127.0.0.1:9 is gone" in err) == (cli.EXIT_UNAVAILABLE, True)
+
+
+def test_help_and_version_import_neither_ray_nor_pydantic() -> None:
+    for arguments in (["--help"], ["--version"], ["set", "--help"]):
+        result = subprocess.run(
+            [sys.executable, "-X", "importtime", COMMAND, *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+
+        assert "fsm_ray.cli.conversations" in imported
+        assert not imported & {"ray", "pydantic", "aiogram", "fsm_ray.storage"}
+
+
+def test_the_package_gives_its_names_when_they_are_used() -> None:
+    assert set(fsm_ray._HOMES) == set(fsm_ray.__all__) < set(dir(fsm_ray))
+    assert all(getattr(fsm_ray, name).__name__ == name for name in fsm_ray.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'Storages'"):
+        _ = fsm_ray.Storages
+
+
+def test_completion_of_commands_is_offered() -> None:
+    environment = os.environ | {
+        "_FSM_RAY_COMPLETE": "complete_bash",
+        "COMP_WORDS": "fsm-ray ver",
+        "COMP_CWORD": "1",
+    }
+    result = subprocess.run([COMMAND], env=environment, capture_output=True, text=True, check=False)
+
+    assert result.stdout.split() == ["verify"]
+
+
+# Doctor
+
+
+@pytest.mark.ray
+def test_a_sound_cluster_has_no_problem(run: Run, bot: str, tmp_path: Path) -> None:
+    code, out, _ = run("doctor", "--store", f"rocksdb://{tmp_path / 'new'}", "--json")
+    checks = objects(out)
+
+    assert [check for check in checks if check["outcome"] == "problem" and check["name"] != "packages"] == []
+    names = [check["name"] for check in checks]
+    assert sum(name.endswith(": clock") for name in names) == 3
+    assert sum(name.startswith("store from ") for name in names) == 1
+    assert f"bot {bot}" in names
+    assert code == 0
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.ray
+def test_what_is_wrong_is_told_with_how_to_mend_it(
+    run: Run, cluster: RayCluster, bot: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clock = doctor.time.time
+    monkeypatch.setattr(fsm_ray, "__version__", "9.9")
+    monkeypatch.setattr(doctor.time, "time", lambda: clock() - 60)
+    monkeypatch.setattr(doctor, "read_ray_address", lambda: "127.0.0.1:9")
+    monkeypatch.setattr(Storage, "describe", _unanswered)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    file = tmp_path / "file"
+    file.touch()
+    code, out, _ = run("doctor", "--store", f"rocksdb://{file}")
+    told = [line for line in out.splitlines() if line.startswith(("problem", "          "))]
+
+    def cure(of: str) -> str:
+        [at] = [number for number, line in enumerate(told) if of in line][:1]
+        return told[at + 1].strip()
+
+    assert code == cli.EXIT_FAILED
+    assert cure("and this machine 9.9 of ") == "to mend it: pip install fsm-ray==9.9 on all nodes"
+    assert cure(": clock: +60.") == "to mend it: run chrony or another NTP client on all machines"
+    assert cure("names 127.0.0.1:9, where nobody answers").startswith("to mend it: rm ")
+    assert "the store must be reachable" in cure(f"{file} is no directory that Ray's user can write")
+    assert "`fsm-ray drop` ends it" in cure(f"bot {bot}: it does not answer: NamespaceUnavailable: too late")
+    assert out.endswith(" problems\n")
+
+
+def _unanswered(*_: object) -> None:
+    raise NamespaceUnavailable("too late")
+
+
+def test_without_ray_the_doctor_says_what_it_can(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory.ray, "is_initialized", lambda: False)
+    code, out, _ = run("doctor", "--address", "127.0.0.1:9")
+
+    assert code == cli.EXIT_FAILED
+    assert "problem  Ray: no Ray at 127.0.0.1:9: " in out
+    assert "to mend it: start Ray, or give --address or RAY_ADDRESS" in out
+
+
+def test_packages_are_compared_with_what_is_asked_for() -> None:
+    wanted = [
+        "ray>=2",
+        "rich>=13",
+        "redis[hiredis]>=5; extra == 'redis'",
+        "slatedb>=1; extra == 'objectstore'",
+    ]
+    versions = {"ray": "1.0", "redis": "5.1"}
+
+    def version_of(name: str) -> str:
+        if name not in versions:
+            raise doctor.importlib.metadata.PackageNotFoundError
+        return versions[name]
+
+    checks = list(doctor.check_packages(lambda _: wanted, version_of))
+
+    assert [tuple(check) for check in checks] == [
+        ("packages", "problem", "ray is 1.0, not >=2; rich is not installed", "pip install -U 'fsm-ray'"),
+        ("extra redis", "ok", "redis 5.1", ""),
+    ]
+
+
+def test_the_quickest_exchange_tells_the_offset_of_a_clock() -> None:
+    offset_s, error_s = doctor.offset_of([(0.0, 107.0, 10.0), (20.0, 120.25, 20.5), (30.0, 135.0, 38.0)])
+
+    assert (offset_s, error_s) == (100.0, 0.25)
+
+
+@pytest.mark.ray
+def test_a_node_without_fsm_ray_or_with_a_socket_directory_of_others_is_told(cluster: RayCluster) -> None:
+    node = ray.nodes()[0]
+    absent = {"fsm_ray": None, "error": "No module named 'fsm_ray'"}
+    look = doctor._look_around()()
+    blocked = look | {"socket_error": "/tmp/fsm_ray-0 must be a directory", "socket_cure": "mend it"}
+    nice = look | {"niceness": 15, "is_root": False}
+
+    [check] = doctor._check_node(node, absent)
+    assert (check.outcome, "No module named" in check.told) == ("problem", True)
+    assert "problem" in [check.outcome for check in doctor._check_node(node, blocked)]
+    assert "hint" in [check.outcome for check in doctor._check_node(node, nice)]
+    [check] = doctor._check_node(node, ray.exceptions.RayError("gone"))
+    assert check.outcome == "problem"
