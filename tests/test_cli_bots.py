@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray._private import services
 
 import fsm_ray
 from fsm_ray import State, Storage, cli
@@ -438,9 +441,9 @@ def test_importers_tell_of_a_source_that_cannot_be_read(run: Run, bot: str, tmp_
 
 
 def test_no_command_starts_a_ray(run: Run, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
-    monkeypatch.setattr(directory.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(directory.ray, "init", lambda **_: pytest.fail("a Ray was started"))
-    monkeypatch.setattr(directory.services, "canonicalize_bootstrap_address", lambda _: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("a Ray was started"))
+    monkeypatch.setattr(services, "canonicalize_bootstrap_address", lambda _: None)
     for arguments in (
         ("bots",),
         ("get", "bot", "1"),
@@ -452,7 +455,7 @@ def test_no_command_starts_a_ray(run: Run, monkeypatch: pytest.MonkeyPatch, key:
         assert err.startswith("fsm-ray: no Ray at ")
         assert "Start one with `ray start --head`, or give the address of a running cluster" in err
 
-    monkeypatch.setattr(directory.services, "canonicalize_bootstrap_address", lambda _: "127.0.0.1:9")
+    monkeypatch.setattr(services, "canonicalize_bootstrap_address", lambda _: "127.0.0.1:9")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     code, _, err = run("bots")
     assert (code, "the one that ran at 127.0.0.1:9 is gone" in err) == (cli.EXIT_UNAVAILABLE, True)
@@ -476,7 +479,7 @@ def test_the_package_gives_its_names_when_they_are_used() -> None:
     assert set(fsm_ray._HOMES) == set(fsm_ray.__all__) < set(dir(fsm_ray))
     assert all(getattr(fsm_ray, name).__name__ == name for name in fsm_ray.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'Storages'"):
-        _ = fsm_ray.Storages
+        _ = getattr(fsm_ray, "Storages")  # noqa: B009 - for mypy
 
 
 def test_completion_of_commands_is_offered() -> None:
@@ -511,9 +514,9 @@ def test_a_sound_cluster_has_no_problem(run: Run, bot: str, tmp_path: Path) -> N
 def test_what_is_wrong_is_told_with_how_to_mend_it(
     run: Run, cluster: RayCluster, bot: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    clock = doctor.time.time
+    clock = time.time
     monkeypatch.setattr(fsm_ray, "__version__", "9.9")
-    monkeypatch.setattr(doctor.time, "time", lambda: clock() - 60)
+    monkeypatch.setattr(time, "time", lambda: clock() - 60)
     monkeypatch.setattr(doctor, "read_ray_address", lambda: "127.0.0.1:9")
     monkeypatch.setattr(Storage, "describe", _unanswered)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -540,7 +543,7 @@ def _unanswered(*_: object) -> None:
 
 
 def test_without_ray_the_doctor_says_what_it_can(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directory.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     code, out, _ = run("doctor", "--address", "127.0.0.1:9")
 
     assert code == cli.EXIT_FAILED
@@ -559,7 +562,7 @@ def test_packages_are_compared_with_what_is_asked_for() -> None:
 
     def version_of(name: str) -> str:
         if name not in versions:
-            raise doctor.importlib.metadata.PackageNotFoundError
+            raise importlib.metadata.PackageNotFoundError
         return versions[name]
 
     checks = list(doctor.check_packages(lambda _: wanted, version_of))
