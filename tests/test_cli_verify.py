@@ -273,13 +273,17 @@ async def test_a_bot_that_is_not_there_is_a_finding(kind: Kind) -> None:
     assert problems(report) == ["the whole shard: there is nothing of it"]
 
 
-async def test_bits_that_turned_in_a_table_or_a_log_of_rocksdb_are_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".sst", ".log"])
+async def test_bits_that_turned_in_a_table_or_a_log_of_rocksdb_are_found(tmp_path: Path, suffix: str) -> None:
     kind = RocksDB(f"rocksdb://{tmp_path}")
-    await commit_all(kind.make(), [batch(1)])
-    names = [path for path in kind.directory.iterdir() if path.suffix in {".sst", ".log"}]
-    sizes = {path: path.stat().st_size for path in names}
-    path = max(sizes, key=lambda path: sizes[path])
+    blob = make_blob(None, None, 1, padding_bytes=100)
+    await commit_all(kind.make(), [Batch(1, {encode_key(n): blob for n in range(2_000)}, {})])
+    if suffix == ".sst":
+        # To open it again moves all that is in the log into a table, of many blocks.
+        await commit_all(kind.make(), [Batch(2, {}, {})])
+    path = max(kind.directory.glob(f"*{suffix}"), key=lambda path: path.stat().st_size)
     content = bytearray(path.read_bytes())
+    assert len(content) > 100_000
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
     [report] = await reports(kind)

@@ -118,13 +118,14 @@ class RocksDBStore(OwnedStore, Inspectable):
         with tempfile.TemporaryDirectory(prefix=_SCRATCH) as scratch:
             self._db = db = self._open_to_read(Path(scratch))
             try:
-                # Not from the beginning by itself: `_stored` says why it may end early.
+                is_whole = False
                 for key, value in itertools.chain(
                     [(_OWNER, db.get(_OWNER))], self._strangers(), self._stored()
                 ):
+                    is_whole |= key == _VERSION
                     if value is not None:
                         yield sorted_row(key, value)
-                if db.get(_VERSION) is None:
+                if not is_whole:
                     self._find_damage()
             except Exception as error:
                 raise self._translated(error) from error
