@@ -3,6 +3,7 @@
 # The layers, lowest first. A file imports only from those above it in this list.
 #
 #   errors            every exception, one tree
+#   version           which fsm_ray this is, and how what another one pickled is loaded
 #   state             State: flow, state, data, version
 #   keys              key strategies: which chats and users share one conversation
 #   options           BotOptions, and what a bot may be called
@@ -21,7 +22,9 @@
 #   sessions          what lets a write take effect once, though it may be sent twice
 #   namespace         one shard's records: evaluate, commit, answer; turns, expiry, scans, watches
 #   channel           frames over a socket: the actor's half and both client halves
+#   notes             what Ray's control store holds about a bot: versions, and an upgrade under way
 #   actor             a namespace as a Ray named actor: name, lifetime, restart, credentials
+#   upgrade           a bot's actors replaced by ones of another version, one at a time
 #   routing           (bot_name, key) -> shard -> connection; reconnects and sends again
 #   transaction       writes to conversations of one shard, made together or not at all
 #   turn              one worker's exclusive use of a conversation, for as long as it handles an update
@@ -43,6 +46,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from fsm_ray.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from fsm_ray.across import Change, Conversation
     from fsm_ray.flows import Flow
@@ -51,8 +56,6 @@ if TYPE_CHECKING:
     from fsm_ray.state import State
     from fsm_ray.storage import AsyncStorage, Storage
     from fsm_ray.turn import Turn
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AsyncStorage",

@@ -34,9 +34,11 @@ from fsm_ray.errors import (
     UnknownBot,
 )
 from fsm_ray.namespace import Namespace, NamespaceStatistics, NotServing
+from fsm_ray.notes import Version, find_mark, note_version, noted_version, remove_notes, remove_version
 from fsm_ray.options import BotOptions, redacted
 from fsm_ray.stores.base import Store
 from fsm_ray.stores.by_url import make_store
+from fsm_ray.version import load_fields
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,10 @@ class ShardDescription:
     size_bytes: int
     """What keys and records take in the actor's memory."""
     statistics: NamespaceStatistics
+    version: Version | None = None
+    """Of fsm_ray, and of its protocol, in this actor; None: one that cannot tell."""
+
+    __setstate__ = load_fields
 
 
 class NamespaceActor:
@@ -88,6 +94,10 @@ class NamespaceActor:
 
     The namespace is made from the store when somebody asks, and made anew when it stops by itself: a commit
     failed, or the store could not be asked who owns it. Not when another process owns the store by now.
+
+    Clients of other versions call it, and Ray ends an actor that is called by a method that it does not have.
+    So no method is ever removed or renamed, and one that is added later is called only where the version in
+    `notes` has it.
     """
 
     def __init__(self, bot_name: str, shard: int, options: BotOptions) -> None:
@@ -105,6 +115,7 @@ class NamespaceActor:
         self._listening = asyncio.Lock()
         self._server: Server | None = None
         self._endpoint: Endpoint | None = None
+        note_version(bot_name, shard, ray.get_runtime_context().get_actor_id() or "")
 
     async def options(self) -> BotOptions:
         return self._options
@@ -163,11 +174,13 @@ class NamespaceActor:
             recovery_s=self._recovery_s,
             size_bytes=await namespace.size_bytes(),
             statistics=namespace.statistics(),
+            version=Version(),
         )
 
     async def stop(self) -> None:
         """Stop for good, and release the store; the actor is about to be killed."""
-        self._final = self._unavailable("it is being dropped")
+        self._final = self._unavailable("it was told to stop, and is about to be killed")
+        remove_version(self._bot_name, self._shard)
         await self._close_namespace()
         if self._store is not None:
             await self._store.close()
@@ -292,13 +305,13 @@ def create_shards(bot_name: str, options: BotOptions, timeout_s: float) -> None:
         OptionsConflict: the bot runs with other options; nothing was changed.
         NamespaceUnavailable: an actor did not come up within `timeout_s`; a retry is safe.
     """
-    first = _create(bot_name, 0, options)
+    first = create_shard(bot_name, 0, options)
     running: BotOptions = call(first.options.remote(), bot_name, timeout_s)
     if running != options:
         differences = {
             name: (_shown(value), _shown(getattr(options, name)))
             for name, value in running
-            if value != getattr(options, name)
+            if value != getattr(options, name, value)  # one of another version has options of its own
         }
         told = ", ".join(f"{name} is {old!r}, not {new!r}" for name, (old, new) in differences.items())
         raise OptionsConflict(
@@ -307,9 +320,27 @@ def create_shards(bot_name: str, options: BotOptions, timeout_s: float) -> None:
             bot=bot_name,
             differences=differences,
         )
-    others = [_create(bot_name, shard, options) for shard in range(1, options.shards)]
+    others = [create_shard(bot_name, shard, options) for shard in range(1, options.shards)]
     for actor in others:
         call(actor.options.remote(), bot_name, timeout_s)
+
+
+def create_shard(
+    bot_name: str, shard: int, options: BotOptions, *, get_if_exists: bool = True
+) -> ActorHandle[NamespaceActor]:
+    """The shard's actor, made unless it is there.
+
+    Raises:
+        ValueError: it is there, and not to be had.
+    """
+    # Not by the node's id, which changes when the node starts anew: the actor waits for its directory.
+    resources = {} if options.store_node is None else {options.store_node: 0.0001}
+    actor_class: Any = ray.remote(NamespaceActor).options(
+        **ACTOR_OPTIONS
+        | {"name": _name(bot_name, shard), "resources": resources, "get_if_exists": get_if_exists}
+    )
+    actor: ActorHandle[NamespaceActor] = actor_class.remote(bot_name, shard, options)
+    return actor
 
 
 def open_shards(bot_name: str, options: BotOptions, timeout_s: float) -> None:
@@ -345,19 +376,46 @@ def find_shard(bot_name: str, shard: int) -> ActorHandle[NamespaceActor]:
         UnknownBot: there is no such bot.
         NamespaceUnavailable: the bot is there, but not this shard of it.
     """
-    try:
-        return ray.get_actor(_name(bot_name, shard), namespace=RAY_NAMESPACE)
-    except ValueError:
+    actor = find_actor(bot_name, shard)
+    if actor is None and find_mark(bot_name):
+        raise NamespaceUnavailable(
+            f"shard {shard} of bot {bot_name!r} is being replaced by an upgrade, or an upgrade was "
+            "interrupted: if so, upgrade the bot again",
+            bot=bot_name,
+        )
+    # Asked once more, for an upgrade may have ended between the questions.
+    actor = actor or find_actor(bot_name, shard)
+    if actor is None:
         if shard == 0:
             raise UnknownBot(
                 f"no bot {bot_name!r} on this Ray cluster: call storage.init({bot_name!r}) first",
                 bot=bot_name,
-            ) from None
+            )
         find_shard(bot_name, 0)
         raise NamespaceUnavailable(
             f"shard {shard} of bot {bot_name!r} is not there, as its init was interrupted: call init again",
             bot=bot_name,
-        ) from None
+        )
+    return actor
+
+
+def find_actor(bot_name: str, shard: int) -> ActorHandle[NamespaceActor] | None:
+    """The handle of the actor that has the shard's name at this moment."""
+    try:
+        return ray.get_actor(_name(bot_name, shard), namespace=RAY_NAMESPACE)
+    except ValueError:
+        return None
+
+
+def version_of(
+    actor: ActorHandle[NamespaceActor], bot_name: str, shard: int, timeout_s: float
+) -> Version | None:
+    """What the shard's actor runs; None: it cannot tell, was told to stop, or does not answer in time."""
+    try:
+        call(actor.options.remote(), bot_name, timeout_s)  # until it was made, or made again
+    except NamespaceUnavailable:
+        return None
+    return noted_version(bot_name, shard, actor._actor_id.hex())  # noqa: SLF001  # Ray shows it nowhere else
 
 
 def running_bots() -> list[str]:
@@ -391,7 +449,7 @@ def kill_shards(bot_name: str, timeout_s: float) -> None:
         NamespaceUnavailable: they are about to end, and Ray still lists them after `timeout_s`.
     """
     names = [name for name in _actor_names() if name.rpartition("/")[0] == bot_name]
-    if not names:
+    if not names and find_mark(bot_name) is None:
         find_shard(bot_name, 0)
     for name in sorted(names, key=lambda name: int(name.rpartition("/")[2]), reverse=True):
         actor = ray.get_actor(name, namespace=RAY_NAMESPACE)
@@ -409,6 +467,7 @@ def kill_shards(bot_name: str, timeout_s: float) -> None:
                 timeout_s=timeout_s,
             )
         time.sleep(_KILL_PAUSE_S)
+    remove_notes(bot_name)
 
 
 def call(reference: Any, bot_name: str, timeout_s: float) -> Any:
@@ -430,16 +489,6 @@ def call(reference: Any, bot_name: str, timeout_s: float) -> Any:
             bot=bot_name,
             timeout_s=timeout_s,
         ) from error
-
-
-def _create(bot_name: str, shard: int, options: BotOptions) -> ActorHandle[NamespaceActor]:
-    # Not by the node's id, which changes when the node starts anew: the actor waits for its directory.
-    resources = {} if options.store_node is None else {options.store_node: 0.0001}
-    actor_class: Any = ray.remote(NamespaceActor).options(
-        name=_name(bot_name, shard), resources=resources, **ACTOR_OPTIONS
-    )
-    actor: ActorHandle[NamespaceActor] = actor_class.remote(bot_name, shard, options)
-    return actor
 
 
 def _name(bot_name: str, shard: int) -> str:

@@ -82,6 +82,17 @@ class BotOptions(BaseModel):
     `"node:10.0.0.7"` names a node by its address. Shards start there and nowhere else.
     """
 
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        """Load what another version pickled: options that it did not know have their defaults.
+
+        Those that this version does not know stay with it, unseen, and travel on when it is pickled.
+        """
+        known = {
+            name: field.get_default(call_default_factory=True)
+            for name, field in self.__pydantic_fields__.items()
+        }
+        super().__setstate__(state | {"__dict__": known | state["__dict__"]})
+
     @property
     def store_scheme(self) -> str:
         """The kind of store, as its URL names it."""

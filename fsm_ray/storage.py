@@ -8,6 +8,7 @@ stored.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import threading
 import weakref
@@ -30,6 +31,7 @@ from fsm_ray.routing.route import Addressed, Route
 from fsm_ray.state import State
 from fsm_ray.transaction import AsyncTransaction, Transaction
 from fsm_ray.turn import AsyncLock, AsyncTurn, BlockingLock, BlockingTurn
+from fsm_ray.upgrade import ReplacedShard
 
 _NO_FLOWS = FlowRules()
 
@@ -556,6 +558,33 @@ class Storage(_Facade):
         self._check_open()
         self._directory.drop(bot_name)
 
+    def upgrade(
+        self, bot_name: str, *, force: bool = False, allow_loss: bool = False, timeout_s: float = 60.0
+    ) -> list[ReplacedShard]:
+        """Replace the bot's actors by ones of this version of fsm_ray, one shard at a time, while it runs.
+
+        Each actor commits what it has and ends; a new one with the same options is made, with the code that
+        this process gives to any actor, and opens the store. Operations on the shard wait meanwhile: no
+        acknowledged write is lost, and none takes effect twice. Turns, scans and watches meet what they meet
+        when an actor restarts. An upgrade that failed or was interrupted can be repeated, and goes on: actors
+        of this version stay. It is not to be mixed with `drop`.
+
+        Args:
+            bot_name: the bot.
+            force: replace actors of this version, too: as after an upgrade of a store's driver.
+            allow_loss: replace actors that have the only copy of their records (`memory://`).
+            timeout_s: how long one shard may be away.
+
+        Raises:
+            InvalidInput: the records would be lost, and `allow_loss` does not say that they may be.
+            UnknownBot: the bot was never initialised.
+            NamespaceUnavailable: a shard did not serve again in time; those before it were not touched.
+            ConfigurationError: a node has another version installed than this process.
+            FsmRayError: a new actor cannot open its store; those before it were not touched.
+        """
+        self._check_open()
+        return self._directory.upgrade(bot_name, timeout_s, force=force, allow_loss=allow_loss)
+
     def close(self) -> None:
         """Close the connections of all threads. The bots live on."""
         self._is_closed = True
@@ -833,6 +862,14 @@ class AsyncStorage(_Facade):
         """See `Storage.drop`."""
         self._check_open()
         await self._in_thread(self._directory.drop, bot_name)
+
+    async def upgrade(
+        self, bot_name: str, *, force: bool = False, allow_loss: bool = False, timeout_s: float = 60.0
+    ) -> list[ReplacedShard]:
+        """See `Storage.upgrade`; one that is cancelled goes on all the same."""
+        self._check_open()
+        upgrade = functools.partial(self._directory.upgrade, force=force, allow_loss=allow_loss)
+        return await self._in_thread(upgrade, bot_name, timeout_s)
 
     async def close(self) -> None:
         """Close the connections of all loops; operations that wait raise StorageClosed. The bots live on."""

@@ -708,7 +708,7 @@ def test_an_actor_of_another_protocol_version_is_an_error_that_says_so(
     bot = bots.emptied()
     monkeypatch.setattr("fsm_ray.channel.handshake.PROTOCOL_VERSION", 999)
 
-    with Storage() as newer, pytest.raises(ProtocolMismatch, match="same version of fsm_ray"):
+    with Storage() as newer, pytest.raises(ProtocolMismatch, match="fsm-ray upgrade"):
         newer.get_state(bot, KEY)
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from fsm_ray.errors import ProtocolMismatch
 from fsm_ray.options import BotOptions
 from fsm_ray.protocol import PROTOCOL_VERSION
+from fsm_ray.version import load_fields
 
 MAX_HANDSHAKE_BYTES = 128
 """The longest frame that is read from a peer who has not proved anything yet."""
@@ -42,6 +43,8 @@ class Endpoint:
     """None until a client of another node asks."""
     secret: bytes = field(repr=False)
     protocol_version: int = PROTOCOL_VERSION
+
+    __setstate__ = load_fields
 
 
 def challenge() -> bytes:
@@ -76,10 +79,16 @@ def verify(secret: bytes, challenge: bytes, response: bytes) -> bytes:
 
 def check_protocol_version(theirs: int) -> None:
     """Raises ProtocolMismatch unless it is ours."""
-    if theirs != PROTOCOL_VERSION:
+    if theirs < PROTOCOL_VERSION:
         raise ProtocolMismatch(
-            f"the actor speaks protocol version {theirs} and this client version {PROTOCOL_VERSION}: "
-            "use the same version of fsm_ray on all nodes"
+            f"the actor speaks protocol version {theirs}, older than this client's {PROTOCOL_VERSION}: "
+            "replace the bot's actors by ones of this version of fsm_ray, by `fsm-ray upgrade BOT` or "
+            "Storage.upgrade"
+        )
+    if theirs > PROTOCOL_VERSION:
+        raise ProtocolMismatch(
+            f"the actor speaks protocol version {theirs}, newer than this client's {PROTOCOL_VERSION}: "
+            "start this worker again with the version of fsm_ray that the bot's actors run"
         )
 
 

@@ -49,6 +49,7 @@ from fsm_ray.protocol import (
 from fsm_ray.record import Packer
 from fsm_ray.sessions import Sessions
 from fsm_ray.stores.base import Answered, Batch, Contents, Store, lease_clock
+from fsm_ray.version import load_fields
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ class NamespaceStatistics:
     """Turns that wait for one."""
     watches: int
     scans: int
+
+    __setstate__ = load_fields
 
 
 @dataclass(slots=True)

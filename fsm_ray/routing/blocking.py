@@ -22,7 +22,7 @@ from fsm_ray.actor import NamespaceActor
 from fsm_ray.channel.client import BlockingConnection, addresses
 from fsm_ray.channel.frames import FrameTooLong
 from fsm_ray.channel.handshake import HandshakeFailed
-from fsm_ray.errors import FsmRayError, NamespaceUnavailable, StorageClosed, UnknownBot
+from fsm_ray.errors import FsmRayError, NamespaceUnavailable, ProtocolMismatch, StorageClosed, UnknownBot
 from fsm_ray.protocol import (
     GRANTS,
     NO_TURN,
@@ -261,9 +261,8 @@ class BlockingShard:
                 logger.info("shard %d of bot %r: %s", self._shard, self._route.bot_name, error)
                 time.sleep(min(retry_delay_s(attempt), left_s))
                 attempt += 1
-            except UnknownBot:
-                self.close()
-                self._on_gone()
+            except (UnknownBot, ProtocolMismatch) as error:
+                self._leave(error, is_write_under_way=was_sent and kind == WRITE)
                 raise
             except BaseException:
                 # An interrupt, say: the reply may still come, and must not pass for that of the next request.
@@ -271,6 +270,13 @@ class BlockingShard:
                 raise
             else:
                 return reply
+
+    def _leave(self, error: UnknownBot | ProtocolMismatch, *, is_write_under_way: bool) -> None:
+        """Forget the bot: it is gone, or another one. Raises OutcomeUnknown if that leaves a write open."""
+        self.close()
+        self._on_gone()
+        if is_write_under_way and isinstance(error, ProtocolMismatch):
+            raise self._route.outcome_unknown(str(error)) from error
 
     def _open(self, timeout_s: float, attempt: int) -> Connection:
         """A connection by the best way there is; its replies may take `timeout_s`."""

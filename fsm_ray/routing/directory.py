@@ -25,8 +25,10 @@ from ray.util.client import ray as ray_client
 from fsm_ray import actor
 from fsm_ray.actor import NamespaceActor, ShardDescription
 from fsm_ray.channel.handshake import Endpoint, check_protocol_version
-from fsm_ray.errors import FsmRayError, NamespaceUnavailable, RayUnreachable
+from fsm_ray.errors import FsmRayError, NamespaceUnavailable, ProtocolMismatch, RayUnreachable
+from fsm_ray.notes import Version, find_mark
 from fsm_ray.options import BotOptions, check_bot_name, whereabouts
+from fsm_ray.upgrade import ReplacedShard, upgrade_shards
 
 T = TypeVar("T")
 
@@ -168,14 +170,15 @@ class Directory:
         """Where the shard listens now, by Ray's word.
 
         Raises:
-            UnknownBot, ProtocolMismatch
-            NamespaceUnavailable: the shard is being restarted.
+            UnknownBot
+            ProtocolMismatch: it is of another version, and no upgrade to this one is under way.
+            NamespaceUnavailable: the shard is being restarted, or about to be replaced.
             RayUnreachable: this is a forked process.
         """
         self._attach()
         handle = actor.find_shard(bot_name, shard)
         endpoint: Endpoint = actor.call(handle.endpoint.remote(self.node_id), bot_name, self._timeout_s)
-        check_protocol_version(endpoint.protocol_version)
+        self._check_protocol(bot_name, shard, endpoint.protocol_version)
         self._endpoints[bot_name, shard] = endpoint
         return endpoint
 
@@ -183,11 +186,16 @@ class Directory:
         """The shard's actor, for calls without a channel; it has just answered one.
 
         Raises:
-            UnknownBot, NamespaceUnavailable
+            UnknownBot, ProtocolMismatch, NamespaceUnavailable: as `locate`.
         """
         self._attach()
         handle = actor.find_shard(bot_name, shard)
-        actor.call(handle.options.remote(), bot_name, self._timeout_s)
+        version = actor.version_of(handle, bot_name, shard, self._timeout_s)
+        if version is None:
+            raise NamespaceUnavailable(
+                f"shard {shard} of bot {bot_name!r} does not answer, or is about to end", bot=bot_name
+            )
+        self._check_protocol(bot_name, shard, version.protocol)
         return handle
 
     def forget(self, bot_name: str) -> None:
@@ -223,6 +231,14 @@ class Directory:
         self.forget(bot_name)
         actor.kill_shards(bot_name, self._timeout_s)
 
+    def upgrade(
+        self, bot_name: str, timeout_s: float, *, force: bool, allow_loss: bool
+    ) -> list[ReplacedShard]:
+        """See `Storage.upgrade`."""
+        check_bot_name(bot_name)
+        self._attach()
+        return upgrade_shards(bot_name, timeout_s, force=force, allow_loss=allow_loss)
+
     @property
     def is_remote(self) -> bool:
         """Whether this process is no part of the cluster and reaches it through Ray Client."""
@@ -232,6 +248,19 @@ class Directory:
     def node_id(self) -> str:
         """Ray's id of the node that this process runs on."""
         return self._node_id
+
+    def _check_protocol(self, bot_name: str, shard: int, theirs: int) -> None:
+        try:
+            check_protocol_version(theirs)
+        except ProtocolMismatch as error:
+            error.bot = bot_name
+            mark = find_mark(bot_name)
+            if mark is None or mark.version.protocol != Version().protocol:
+                raise
+            raise NamespaceUnavailable(
+                f"shard {shard} of bot {bot_name!r} is of another version, and about to be replaced",
+                bot=bot_name,
+            ) from error
 
     def _patiently(self, ask: Callable[[], T]) -> T:
         """What `ask` returns; it is asked again while shards restart, for as long as `timeout_s`."""

@@ -16,7 +16,7 @@ from fsm_ray.actor import NamespaceActor
 from fsm_ray.channel.client import addresses, open_connection
 from fsm_ray.channel.handshake import HandshakeFailed
 from fsm_ray.codec import encode_key
-from fsm_ray.errors import FsmRayError, NamespaceUnavailable, OutcomeUnknown
+from fsm_ray.errors import FsmRayError, NamespaceUnavailable, OutcomeUnknown, ProtocolMismatch
 from fsm_ray.protocol import (
     BIN8,
     READ_CONTENT,
@@ -172,7 +172,9 @@ class Shard:
         except FsmRayError as error:
             # Such as a bot that was dropped: trying again will not help.
             self._on_gone()
-            self.fail(error.copied)
+            told = str(error)
+            is_mismatch = isinstance(error, ProtocolMismatch)
+            self.fail(error.copied, (lambda: self._route.outcome_unknown(told)) if is_mismatch else None)
         except Exception as error:
             # Nobody awaits this task: whoever waits for an answer must not wait for nothing.
             logger.exception("shard %d of bot %r cannot be reached", self._shard, self._route.bot_name)

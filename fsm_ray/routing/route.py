@@ -238,6 +238,14 @@ class Route:
             f"{what}; nothing was changed, a retry is safe", bot=self.bot_name, timeout_s=timeout_s
         )
 
+    def outcome_unknown(self, trouble: str) -> OutcomeUnknown:
+        """The error of a write that was under way when `trouble` made it useless to wait."""
+        return OutcomeUnknown(
+            f"{trouble}. A write was under way, and may or may not have taken effect: read the record, then "
+            "decide",
+            bot=self.bot_name,
+        )
+
     def shard_of(self, key: bytes) -> int:
         """The shard that has this encoded key."""
         return slot_of(key) * self._shards // SLOTS
