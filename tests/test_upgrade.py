@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import ray
 
-from fsm_ray import AsyncStorage, BotOptions, State, Storage, upgrade
+from fsm_ray import AsyncStorage, BotOptions, State, Storage, actor, upgrade
 from fsm_ray.actor import find_actor
 from fsm_ray.channel.handshake import Endpoint, check_protocol_version
 from fsm_ray.errors import (
@@ -200,7 +200,7 @@ def test_an_actor_that_others_make_meanwhile_of_another_version_is_replaced_too(
 ) -> None:
     """As by a worker of the old version that calls `init` while there is no actor."""
     storage.init(bot_name, store=f"rocksdb://{tmp_path}/bot")
-    create = upgrade.create_shard
+    create = actor.create_shard
     intruders: list[Any] = []
 
     def create_late(*arguments: Any, **options: Any) -> Any:
@@ -336,7 +336,7 @@ def build(source: Path, directory: Path, protocol: int | None) -> Old:
     found = edit(
         source / "fsm_ray/protocol/__init__.py",
         r"^PROTOCOL_VERSION = (\d+)",
-        protocol and f"PROTOCOL_VERSION = {protocol}",
+        None if protocol is None else f"PROTOCOL_VERSION = {protocol}",
     )
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(directory)]
     subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=DEADLINE_S)
