@@ -87,10 +87,7 @@ def test_the_command_that_makes_the_bot_on_the_head_node_makes_it(
 
     with Storage(timeout_s=DEADLINE_S) as storage:
         try:
-            for _ in range(2):  # as `ray up` does it again
-                subprocess.run(
-                    ["bash", "-c", command], env=os.environ | settings, check=True, timeout=DEADLINE_S
-                )
+            subprocess.run(["bash", "-c", command], env=os.environ | settings, check=True, timeout=DEADLINE_S)
             assert len(storage.describe("my_bot").shards) == 2
         finally:
             storage.drop("my_bot")

@@ -37,7 +37,7 @@ from fsm_ray.errors import (
 from fsm_ray.notes import Mark, Version, find_mark, note_version, set_mark
 from fsm_ray.protocol import PROTOCOL_VERSION
 from fsm_ray.version import load_fields
-from tests.conftest import DEADLINE_S, RayCluster, eventually
+from tests.conftest import DEADLINE_S, Bots, RayCluster, eventually
 
 ROOT = Path(__file__).parent.parent
 OLD_VERSION = "0.0.1"
@@ -117,10 +117,8 @@ def pids(storage: Storage, bot_name: str) -> list[int]:
 
 
 @pytest.mark.ray
-def test_a_bot_in_memory_is_not_upgraded_unless_its_records_may_be_lost(
-    storage: Storage, bot_name: str
-) -> None:
-    storage.init(bot_name)
+def test_a_bot_in_memory_is_not_upgraded_unless_its_records_may_be_lost(storage: Storage, bots: Bots) -> None:
+    bot_name = bots.emptied()
     storage.set_state(bot_name, KEY, State(state="a"))
 
     with pytest.raises(InvalidInput, match="would be lost"):
@@ -144,9 +142,9 @@ def test_an_upgrade_of_no_bot_is_refused(storage: Storage, bot_name: str) -> Non
 @pytest.mark.ray
 @pytest.mark.slow
 def test_an_upgrade_that_was_interrupted_leaves_a_bot_that_is_waited_for_and_is_ended_by_the_next(
-    storage: Storage, bot_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    storage: Storage, bots: Bots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage.init(bot_name, store=f"rocksdb://{tmp_path}/bot")
+    bot_name = bots.emptied(store="rocksdb")
     storage.set_state(bot_name, KEY, State(state="a"))
 
     # After the old actor was stopped, and before it is killed.
@@ -196,10 +194,10 @@ def test_a_bot_without_actors_whose_upgrade_was_interrupted_can_be_dropped(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_an_actor_that_others_make_meanwhile_of_another_version_is_replaced_too(
-    storage: Storage, bot_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    storage: Storage, bots: Bots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As by a worker of the old version that calls `init` while there is no actor."""
-    storage.init(bot_name, store=f"rocksdb://{tmp_path}/bot")
+    bot_name = bots.emptied(store="rocksdb")
     create = actor.create_shard
     intruders: list[Any] = []
 
@@ -220,16 +218,17 @@ def test_an_actor_that_others_make_meanwhile_of_another_version_is_replaced_too(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_nodes_that_have_another_version_than_the_caller_are_told_of(
-    storage: Storage, bot_name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    storage: Storage, bots: Bots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage.init(bot_name, store=f"rocksdb://{tmp_path}/bot")
+    bot_name = bots.emptied(store="rocksdb")
     storage.set_state(bot_name, KEY, State(state="a"))
-    monkeypatch.setattr(upgrade, "Version", lambda: Version("99.0", PROTOCOL_VERSION))
-
-    with pytest.raises(ConfigurationError, match="install it on all nodes"):
-        storage.upgrade(bot_name)
+    with monkeypatch.context() as patched:
+        patched.setattr(upgrade, "Version", lambda: Version("99.0", PROTOCOL_VERSION))
+        with pytest.raises(ConfigurationError, match="install it on all nodes"):
+            storage.upgrade(bot_name)
 
     assert storage.get_state(bot_name, KEY) == State(state="a")
+    assert storage.upgrade(bot_name) == []
 
 
 # A write under way when its actor turns out to be of another version
@@ -237,9 +236,9 @@ def test_nodes_that_have_another_version_than_the_caller_are_told_of(
 
 @pytest.mark.ray
 def test_a_write_under_way_when_the_protocol_changes_has_an_unknown_outcome(
-    storage: Storage, bot_name: str, monkeypatch: pytest.MonkeyPatch
+    storage: Storage, bots: Bots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage.init(bot_name)
+    bot_name = bots.emptied()
     storage.set_data(bot_name, KEY, {})
     shard = next(iter(storage._bots)).shards[0]
 
@@ -262,9 +261,9 @@ def test_a_write_under_way_when_the_protocol_changes_has_an_unknown_outcome(
 
 @pytest.mark.ray
 async def test_async_writes_under_way_when_the_protocol_changes_have_an_unknown_outcome_and_others_none(
-    storage: Storage, bot_name: str, monkeypatch: pytest.MonkeyPatch
+    storage: Storage, bots: Bots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage.init(bot_name)
+    bot_name = bots.emptied()
     async with AsyncStorage(timeout_s=DEADLINE_S) as used:
         await used.set_data(bot_name, KEY, {})
         under_way = asyncio.ensure_future(used.set_data(bot_name, KEY, {"n": 1}))
@@ -284,9 +283,9 @@ async def test_async_writes_under_way_when_the_protocol_changes_have_an_unknown_
 
 @pytest.mark.ray
 def test_the_protocol_is_compared_where_frames_travel_in_ray_calls(
-    storage: Storage, bot_name: str, monkeypatch: pytest.MonkeyPatch
+    storage: Storage, bots: Bots, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage.init(bot_name)
+    bot_name = bots.emptied()
     monkeypatch.setattr("fsm_ray.channel.handshake.PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
 
     with Storage(transport="ray") as newer, pytest.raises(ProtocolMismatch, match="fsm-ray upgrade") as error:
