@@ -231,6 +231,31 @@ def test_nodes_that_have_another_version_than_the_caller_are_told_of(
     assert storage.upgrade(bot_name) == []
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_write_whose_answer_is_lost_as_its_actor_is_replaced_takes_effect_once(
+    storage: Storage, bots: Bots
+) -> None:
+    bot_name = bots.emptied(store="rocksdb")
+    storage.set_data(bot_name, KEY, {})
+    shard = next(iter(storage._bots)).shards[0]
+    connection: Any = shard._connection
+
+    class LosesOneAnswer:
+        def exchange(self, request: bytes) -> bytes:
+            connection.exchange(request)
+            connection.close()
+            storage.upgrade(bot_name, force=True)
+            raise ConnectionResetError("the answer is lost")
+
+        def set_timeout(self, timeout_s: float) -> None: ...
+        def close(self) -> None: ...
+
+    shard._connection = LosesOneAnswer()
+
+    assert storage.patch(bot_name, KEY, increment={"n": 1}) == {"n": 1}
+
+
 # A write under way when its actor turns out to be of another version
 
 
