@@ -13,6 +13,9 @@
 #   protocol          the operations and the frames that carry them
 #   stores.owner      who opened a store last
 #   stores.base       what a store must do
+#   stores.keyring    the keys that a store is encrypted with
+#   stores.cipher     AES-GCM over records and the replies to writes
+#   stores.encrypted  a store whose records are encrypted on their way to another
 #   stores.memory     records that live in the actor alone
 #   stores.rocksdb    records on the disk of one node
 #   stores.redis      records in Redis or Valkey

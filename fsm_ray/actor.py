@@ -28,6 +28,7 @@ from fsm_ray.channel.server import Server
 from fsm_ray.errors import (
     ConfigurationError,
     FsmRayError,
+    InvalidInput,
     NamespaceUnavailable,
     NotOwner,
     OptionsConflict,
@@ -36,7 +37,7 @@ from fsm_ray.errors import (
 from fsm_ray.namespace import Namespace, NamespaceStatistics, NotServing
 from fsm_ray.notes import Version, find_mark, note_version, noted_version, remove_notes, remove_version
 from fsm_ray.options import BotOptions, redacted
-from fsm_ray.stores.base import Store
+from fsm_ray.stores.base import RotatingStore, Store
 from fsm_ray.stores.by_url import make_store
 from fsm_ray.version import load_fields
 
@@ -89,6 +90,15 @@ class ShardDescription:
     __setstate__ = load_fields
 
 
+@dataclass(frozen=True, slots=True)
+class ShardRotation:
+    """How far one shard is with encrypting everything with its current key."""
+
+    key_id: str
+    pending: int
+    """Records, and answers to writes, that are still to be encrypted with it."""
+
+
 class NamespaceActor:
     """One shard's namespace in an actor of its own. A plain class: `_create` makes it a Ray actor.
 
@@ -111,6 +121,7 @@ class NamespaceActor:
         self._recovery_s = 0.0
         self._final: FsmRayError | None = None
         self._keepers: list[asyncio.Task[None]] = []
+        self._rewriting: asyncio.Task[None] | None = None
         self._exchanges: set[asyncio.Future[bytes]] = set()
         self._listening = asyncio.Lock()
         self._server: Server | None = None
@@ -177,6 +188,29 @@ class NamespaceActor:
             version=Version(),
         )
 
+    async def rotate_keys(self) -> ShardRotation:
+        """Read the encryption keys again, and go on to what `Storage.rotate_keys` says.
+
+        Raises:
+            InvalidInput: the bot's store is not encrypted.
+            EncryptionKeysUnusable: see `RotatingStore.rotate`; and as `open`.
+        """
+        namespace = await self._opened()
+        store = self._store
+        if not isinstance(store, RotatingStore):
+            raise InvalidInput(
+                f"bot {self._bot_name!r} has no encryption_keys, so there are none to rotate: to encrypt its "
+                "store, drop it, and init it with some",
+                bot=self._bot_name,
+            )
+        if store.rotate():
+            namespace.make_all_stale()
+            logger.info(
+                "shard %d of bot %r: encrypts with the key %r", self._shard, self._bot_name, store.key_id
+            )
+        self._rewrite_stale(namespace, store)
+        return ShardRotation(store.key_id, namespace.stale)
+
     async def stop(self) -> None:
         """Stop for good, and release the store; the actor is about to be killed."""
         self._final = self._unavailable("it was told to stop, and is about to be killed")
@@ -232,6 +266,8 @@ class NamespaceActor:
         self._keepers = [loop.create_task(namespace.keep_tidy())]
         if self._store.is_shared:
             self._keepers.append(loop.create_task(namespace.keep_ownership()))
+        if isinstance(self._store, RotatingStore):
+            self._rewrite_stale(namespace, self._store)
         self._recovery_s = time.monotonic() - started_s
         if self._restarted and not self._is_durable:
             logger.warning(
@@ -243,6 +279,23 @@ class NamespaceActor:
         gc.collect()
         gc.freeze()
         return namespace
+
+    def _rewrite_stale(self, namespace: Namespace, store: RotatingStore) -> None:
+        """Encrypt in the background what the current key did not, unless that is being done."""
+        is_at_it = self._rewriting is not None and not self._rewriting.done()
+        if namespace.stale and not is_at_it:
+            self._rewriting = asyncio.get_running_loop().create_task(self._rewrite(namespace, store))
+            self._keepers.append(self._rewriting)
+
+    async def _rewrite(self, namespace: Namespace, store: RotatingStore) -> None:
+        if await namespace.rewrite():
+            store.rotated()
+            logger.info(
+                "shard %d of bot %r: all is encrypted with the key %r now",
+                self._shard,
+                self._bot_name,
+                store.key_id,
+            )
 
     def _tried_to_open(self, opening: asyncio.Task[Namespace]) -> None:
         if opening.cancelled() or opening.exception() is not None:
@@ -438,6 +491,12 @@ def running_options(bot_name: str, timeout_s: float) -> BotOptions:
 def describe_shards(bot_name: str, shards: int, timeout_s: float) -> list[ShardDescription]:
     """What each shard says of itself. Raises UnknownBot or NamespaceUnavailable."""
     calls: list[Any] = [find_shard(bot_name, shard).describe.remote() for shard in range(shards)]
+    return [call(each, bot_name, timeout_s) for each in calls]
+
+
+def rotate_shards(bot_name: str, shards: int, timeout_s: float) -> list[ShardRotation]:
+    """See `NamespaceActor.rotate_keys`. Raises UnknownBot or NamespaceUnavailable, too."""
+    calls: list[Any] = [find_shard(bot_name, shard).rotate_keys.remote() for shard in range(shards)]
     return [call(each, bot_name, timeout_s) for each in calls]
 
 

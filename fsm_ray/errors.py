@@ -23,6 +23,7 @@ FsmRayError
 │   ├── InvalidFlow
 │   ├── OptionsConflict
 │   ├── StoreMismatch
+│   ├── EncryptionKeysUnusable
 │   ├── MissingExtra
 │   ├── RayUnreachable
 │   └── ProtocolMismatch
@@ -163,6 +164,13 @@ class OptionsConflict(ConfigurationError):
 
 class StoreMismatch(ConfigurationError):
     """Raised when a store holds something else than this shard of this bot; nothing was changed."""
+
+
+class EncryptionKeysUnusable(ConfigurationError):
+    """Raised when encryption keys cannot be read, or are not those of the store; nothing was changed."""
+
+    key_id: str | None = None
+    """Of the key that is missing or wrong."""
 
 
 class MissingExtra(ConfigurationError):

@@ -6,9 +6,9 @@ The first `init` of a bot fixes its options; a later `init` must give the same o
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fsm_ray.errors import InvalidBotName, InvalidOptions
 
@@ -21,6 +21,8 @@ _PATH_SCHEMES = ("rocksdb", "file", "unix")
 
 _BOT_NAME = re.compile(r"[A-Za-z0-9_@][A-Za-z0-9_.@-]{0,63}", re.ASCII)
 
+
+_KEYS = re.compile(r"file:///[^\0]+|env:[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 HEAD_NODE = "node:__internal_head__"
 """The resource that Ray gives to the head node."""
@@ -82,6 +84,12 @@ class BotOptions(BaseModel):
     `"node:10.0.0.7"` names a node by its address. Shards start there and nowhere else.
     """
 
+    encryption_keys: str | None = None
+    """Where shards find the keys to encrypt their store with: `file:///path` or `env:NAME`; None: plain text.
+
+    The keys themselves are no option: each shard reads them on its own node. See `stores.keyring`.
+    """
+
     def __setstate__(self, state: dict[Any, Any]) -> None:
         """Load what another version pickled: options that it did not know have their defaults.
 
@@ -115,6 +123,20 @@ class BotOptions(BaseModel):
         if scheme in _PATH_SCHEMES and not (rest.startswith("/") and rest.strip("/")):
             raise ValueError(f"{redacted(store)!r}: give an absolute path, {scheme}:///path/to/it")
         return store
+
+    @field_validator("encryption_keys")
+    @classmethod
+    def _keys_are_elsewhere(cls, where: str | None) -> str | None:
+        # What was given is not in the message: it may be a key.
+        if where is not None and _KEYS.fullmatch(where) is None:
+            raise ValueError("say where the keys are: file:///absolute/path or env:NAME_OF_VARIABLE")
+        return where
+
+    @model_validator(mode="after")
+    def _encrypted_is_stored(self) -> Self:
+        if self.encryption_keys is not None and self.store_scheme == "memory":
+            raise ValueError("encryption_keys encrypts a store, and memory:// has none: give one, or no keys")
+        return self
 
 
 def redacted(url: str) -> str:

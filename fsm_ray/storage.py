@@ -24,7 +24,7 @@ from fsm_ray.options import BotOptions, check_bot_name, make_options
 from fsm_ray.protocol import ContentView, RecordView, state_of
 from fsm_ray.routing.blocking import BlockingBot
 from fsm_ray.routing.copying import Immediate, copy, rename, run
-from fsm_ray.routing.directory import BotDescription, Directory
+from fsm_ray.routing.directory import BotDescription, Directory, KeyRotation
 from fsm_ray.routing.loop import LoopBot
 from fsm_ray.routing.pulse import Pulse
 from fsm_ray.routing.route import Addressed, Route
@@ -549,6 +549,22 @@ class Storage(_Facade):
         self._check_open()
         return self._directory.describe(bot_name)
 
+    def rotate_keys(self, bot_name: str) -> KeyRotation:
+        """Let all shards read the encryption keys again, and encrypt everything with the current one.
+
+        This returns at once, and operations go on. Records are encrypted anew in small steps; to know how far
+        that is, call it again. It goes on by itself when a shard is killed, and when its node is. Once the
+        result says `is_done`, keys other than the current one can be removed.
+
+        Raises:
+            EncryptionKeysUnusable: the keys cannot be read, one that is in use is missing or was changed, or
+                nodes have different ones. Shards that say so go on with the keys that they had.
+            InvalidInput: the bot has no `encryption_keys`.
+            UnknownBot, NamespaceUnavailable: a retry is safe.
+        """
+        self._check_open()
+        return self._directory.rotate_keys(bot_name)
+
     def drop(self, bot_name: str) -> None:
         """End the bot's actors. Records in memory go with them.
 
@@ -857,6 +873,11 @@ class AsyncStorage(_Facade):
         """See `Storage.describe`."""
         self._check_open()
         return await self._in_thread(self._directory.describe, bot_name)
+
+    async def rotate_keys(self, bot_name: str) -> KeyRotation:
+        """See `Storage.rotate_keys`."""
+        self._check_open()
+        return await self._in_thread(self._directory.rotate_keys, bot_name)
 
     async def drop(self, bot_name: str) -> None:
         """See `Storage.drop`."""

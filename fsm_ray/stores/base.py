@@ -23,7 +23,15 @@ import msgspec
 from fsm_ray.codec import slot_of
 from fsm_ray.errors import NotOwner, StoreCorrupted, StoreMismatch, StoreUnavailable
 from fsm_ray.options import SLOTS, redacted
-from fsm_ray.stores.owner import FORMAT, NOBODY, Owner, decode_owner, encode_owner, this_process
+from fsm_ray.stores.owner import (
+    ENCRYPTED_FORMAT,
+    FORMAT,
+    NOBODY,
+    Owner,
+    decode_owner,
+    encode_owner,
+    this_process,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +69,17 @@ class Batch(msgspec.Struct, frozen=True):
 
 
 @dataclass(slots=True)
+class Stale:
+    """What was encrypted with a key that is not the current one: it is to be committed again, as it is."""
+
+    keys: list[bytes] = field(default_factory=list)
+    sessions: list[bytes] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.keys) + len(self.sessions)
+
+
+@dataclass(slots=True)
 class Contents:
     """What a store holds when it is opened."""
 
@@ -69,6 +88,7 @@ class Contents:
     sessions: dict[bytes, Answered] = field(default_factory=dict)
     owned_since_s: float = -math.inf
     """When whoever opened a shared store last knew to be its owner, by `lease_clock`."""
+    stale: Stale = field(default_factory=Stale)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +102,13 @@ class Place:
     shards: int
     lease_s: float
     """See `BotOptions.ownership_lease_s`."""
+    is_encrypted: bool = False
+    """Whether what is given to the store is encrypted already, and marked so."""
+
+    @property
+    def format(self) -> int:
+        """The form of what is kept there, see `owner`."""
+        return ENCRYPTED_FORMAT if self.is_encrypted else FORMAT
 
 
 class Row(NamedTuple):
@@ -206,6 +233,30 @@ class Store(ABC):
         """Release what `open` took, also after a failure. Nothing acknowledged is lost by not calling it."""
 
 
+class RotatingStore(Store):
+    """A store that encrypts, and can change to another key while it is open."""
+
+    @property
+    @abstractmethod
+    def key_id(self) -> str:
+        """The id of the key that commits are encrypted with."""
+
+    @abstractmethod
+    def rotate(self) -> bool:
+        """Read the keys again; True if another one is the current one now, and all is to be committed again.
+
+        Until `rotated` is called, a commit of a record also removes what an earlier key left of it.
+
+        Raises:
+            EncryptionKeysUnusable: they cannot be read, or one that is in use is missing or was changed; the
+                keys of before stay in use.
+        """
+
+    @abstractmethod
+    def rotated(self) -> None:
+        """Everything was committed again: no earlier key is in use any more."""
+
+
 class OwnedStore(Store):
     """A durable store, but for what is done by its driver: the methods with an underscore below.
 
@@ -224,6 +275,8 @@ class OwnedStore(Store):
         self.place = place
         self.owner: Owner | None = None
         """What this object wrote into the store when it opened it last."""
+        self.takes_plain = False
+        """Whether a store of encrypted records may be made from one of plain ones."""
         self._claim: Owner | None = None
         self._clock = clock
         self._sleep = sleep
@@ -312,6 +365,7 @@ class OwnedStore(Store):
                 bot_name=place.bot_name,
                 shard=place.shard,
                 shards=place.shards,
+                format=place.format,
             )
             if await self._replace_owner(last_epoch, owner.epoch, encode_owner(owner)):
                 self.owner = owner
@@ -351,17 +405,31 @@ class OwnedStore(Store):
                 bot=self.place.bot_name,
             ) from error
         place = self.place
-        ours = (FORMAT, SLOTS, place.bot_name, place.shard, place.shards)
-        theirs = (last.format, last.slots, last.bot_name, last.shard, last.shards)
-        if ours != theirs:
+        ours = (SLOTS, place.bot_name, place.shard, place.shards)
+        theirs = (last.slots, last.bot_name, last.shard, last.shards)
+        if ours != theirs or last.format not in {FORMAT, ENCRYPTED_FORMAT}:
             raise StoreMismatch(
                 f"{self.name} was written by shard {last.shard} of {last.shards} of bot {last.bot_name!r} "
                 f"in format {last.format} with {last.slots} slots; this is shard {place.shard} of "
-                f"{place.shards}, format {FORMAT}, {SLOTS} slots. Nothing was changed: init the bot with the "
-                "options that it had, or with another store",
+                f"{place.shards}, format {place.format}, {SLOTS} slots. Nothing was changed: init the bot "
+                "with the options that it had, or with another store",
                 bot=place.bot_name,
             )
+        self._check_encryption(last)
         return last
+
+    def _check_encryption(self, last: Owner) -> None:
+        if last.format == ENCRYPTED_FORMAT and not self.place.is_encrypted:
+            raise StoreMismatch(
+                f"{self.name} is encrypted. Nothing was changed: init the bot with its encryption_keys",
+                bot=self.place.bot_name,
+            )
+        if last.format == FORMAT and self.place.is_encrypted and not self.takes_plain:
+            raise StoreMismatch(
+                f"{self.name} is not encrypted, or somebody made it so. Nothing was changed: to encrypt what "
+                'is there, set "accept_plain": true beside the keys until rotate_keys says that it is done',
+                bot=self.place.bot_name,
+            )
 
     async def _release(self, owner: Owner) -> None:
         """Write into the store that its owner is done with it."""

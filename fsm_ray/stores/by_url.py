@@ -7,7 +7,7 @@ from typing import Any
 
 from fsm_ray.errors import InvalidInput, MissingExtra
 from fsm_ray.options import BotOptions, make_options
-from fsm_ray.stores.base import Inspectable, Place, Store
+from fsm_ray.stores.base import Inspectable, OwnedStore, Place, Store
 from fsm_ray.stores.memory import MemoryStore
 
 _KINDS = {
@@ -28,21 +28,23 @@ def make_store(bot_name: str, shard: int, options: BotOptions) -> Store:
     """The store of one shard, not opened yet.
 
     Raises:
-        MissingExtra: its driver is not installed.
+        MissingExtra: its driver is not installed, or what encrypts.
     """
     scheme = options.store_scheme
     if scheme not in _KINDS:
         return MemoryStore()
-    store: Store = _class_of(scheme, bot_name)(
+    where = options.encryption_keys
+    store: OwnedStore = _class_of(scheme, bot_name)(
         Place(
             url=options.store,
             bot_name=bot_name,
             shard=shard,
             shards=options.shards,
             lease_s=options.ownership_lease_s,
+            is_encrypted=where is not None,
         )
     )
-    return store
+    return store if where is None else _encrypted(store, where)
 
 
 def inspectable(url: str) -> Any:
@@ -71,3 +73,16 @@ def _class_of(scheme: str, bot_name: str | None) -> Any:
             f"pip install 'fsm-ray[{module}]' on all nodes",
             bot=bot_name,
         ) from error
+
+
+def _encrypted(store: OwnedStore, where: str) -> Store:
+    try:
+        module = importlib.import_module("fsm_ray.stores.encrypted")
+    except ImportError as error:
+        raise MissingExtra(
+            f"encryption_keys needs {error.name}, which cannot be imported where the bot's actors run: "
+            "pip install 'fsm-ray[encryption]' on all nodes",
+            bot=store.place.bot_name,
+        ) from error
+    encrypted: Store = module.EncryptedStore(store, where)
+    return encrypted

@@ -15,6 +15,9 @@ from fsm_ray.options import SLOTS
 FORMAT = 1
 """Raised when what a store keeps changes its form."""
 
+ENCRYPTED_FORMAT = 2
+"""The same, but for rows, records and replies, which are encrypted."""
+
 NOBODY = ""
 """The process of an owner that closed its store."""
 
