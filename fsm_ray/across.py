@@ -28,6 +28,7 @@ from fsm_ray.errors import (
     InvalidInput,
     NamespaceUnavailable,
     Overloaded,
+    PickleNotAllowed,
     ValueNotDecodable,
 )
 from fsm_ray.protocol import COUNT, SCAN, WATCH, ChangeView, Counted, Found, RecordView, good, state_of
@@ -226,7 +227,7 @@ def _end(result: Any, reached: list[int], number: int) -> int:
     """The version up to which a shard has told everything."""
     try:
         version: int = good(result)
-    except (ChangesMissed, ValueNotDecodable) as error:
+    except (ChangesMissed, PickleNotAllowed, ValueNotDecodable) as error:
         reached[number] = error.version or reached[number]
         error.position = tuple(reached)
         raise

@@ -125,6 +125,10 @@ class UnknownState(InvalidInput):
 class PickleNotAllowed(InvalidInput):
     """Raised when a value would need pickle and the bot was made with `allow_pickle=False`."""
 
+    position: Any = None
+    """Of a stored value: where a watch can go on, as with `ValueNotDecodable`."""
+    version: int | None = None
+
 
 class RecordTooLarge(InvalidInput):
     """Raised when a record would exceed the bot's `max_record_bytes`; the stored one is unchanged."""

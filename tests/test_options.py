@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import string
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ FITTING: dict[str, list[Any]] = {
     "listen_host": [None, "127.0.0.1", "::1"],
     "ownership_lease_s": [0.2, 5.0, 300.0],
     "node_resource": [None, "node:10.0.0.7", "bot_disk"],
+    "encryption_keys": [None],
 }
 
 OUT_OF_BOUNDS: dict[str, list[Any]] = {
@@ -61,6 +63,7 @@ OF_ANOTHER_TYPE: dict[str, list[Any]] = {
     "listen_host": [1, b"127.0.0.1", ("127.0.0.1",)],
     "ownership_lease_s": ["5", True, None],
     "node_resource": [1, b"disk"],
+    "encryption_keys": [1, b"env:KEYS", Path("/etc/keys.json")],
 }
 
 
@@ -256,3 +259,20 @@ class TestBotNames:
             accepted = False
 
         assert accepted == follows
+
+
+class TestEncryptionKeys:
+    @pytest.mark.parametrize("where", ["file:///etc/fsm_ray/keys.json", "env:FSM_RAY_KEYS", "env:_K2"])
+    def test_they_are_said_to_be_in_a_file_or_in_the_environment(self, where: str) -> None:
+        assert BotOptions(store="redis://host", encryption_keys=where).encryption_keys == where
+
+    @pytest.mark.parametrize("where", ["", "file://keys.json", "/etc/keys.json", "env:", "env:A B", "s3cret"])
+    def test_anything_else_is_refused_and_not_shown_as_it_may_be_a_key(self, where: str) -> None:
+        with pytest.raises(InvalidOptions, match="encryption_keys") as caught:
+            make_options(None, {"store": "redis://host", "encryption_keys": where})
+
+        assert "s3cret" not in str(caught.value)
+
+    def test_a_bot_in_memory_has_nothing_to_encrypt(self) -> None:
+        with pytest.raises(InvalidOptions, match="memory://"):
+            make_options(None, {"encryption_keys": "env:KEYS"})

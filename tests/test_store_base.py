@@ -15,7 +15,7 @@ import pytest
 
 from fsm_ray.errors import MissingExtra, NotOwner, StoreCorrupted, StoreMismatch, StoreUnavailable
 from fsm_ray.options import BotOptions, redacted
-from fsm_ray.stores.base import LEASE_MARGIN, Batch, Contents, OwnedStore, Place, Store
+from fsm_ray.stores.base import LEASE_MARGIN, Batch, Contents, OwnedStore, Place, RotatingStore, Store
 from fsm_ray.stores.by_url import make_store
 from fsm_ray.stores.memory import MemoryStore
 from fsm_ray.stores.owner import NOBODY, Owner, decode_owner, encode_owner, has_ended, this_process
@@ -193,6 +193,27 @@ def test_a_missing_driver_names_the_install_that_brings_it(url: str, monkeypatch
         make_store("bot", 0, BotOptions(store=url))
 
     assert driver in str(caught.value)
+    assert caught.value.bot == "bot"
+
+
+def test_encryption_keys_wrap_the_store_in_one_that_encrypts() -> None:
+    options = BotOptions(store="rocksdb:///directory", encryption_keys="env:KEYS")
+
+    store = make_store("bot", 0, options)
+
+    assert isinstance(store, RotatingStore)
+    assert not store.is_shared
+
+
+def test_missing_cryptography_names_the_install_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in {"cryptography", *(name for name in sys.modules if name.startswith("cryptography."))}:
+        monkeypatch.setitem(sys.modules, module, None)
+    for module in ("cipher", "encrypted"):
+        monkeypatch.delitem(sys.modules, f"fsm_ray.stores.{module}", raising=False)
+
+    with pytest.raises(MissingExtra, match=r"pip install 'fsm-ray\[encryption\]'") as caught:
+        make_store("bot", 0, BotOptions(store="rocksdb:///directory", encryption_keys="env:KEYS"))
+
     assert caught.value.bot == "bot"
 
 
@@ -388,7 +409,7 @@ async def test_opening_again_replaces_the_connection(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"bot_name": "other"}, {"shard": 2}, {"shards": 5}, {"slots": 16}, {"format": 2}]
+    "changes", [{"bot_name": "other"}, {"shard": 2}, {"shards": 5}, {"slots": 16}, {"format": 3}]
 )
 async def test_what_another_kind_of_owner_wrote_is_refused_and_left_alone(
     server: Server, changes: dict[str, Any]

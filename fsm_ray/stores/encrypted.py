@@ -223,7 +223,7 @@ class EncryptedStore(RotatingStore):
         try:
             if blob.startswith(_RECORD_MARK):
                 key_id: str | None
-                key_id, plain = cipher.open(blob[_SEAL_START:], self._record_bound + row)
+                key_id, plain = cipher.open(_sealed_in(blob), self._record_bound + row)
                 end = _LENGTH_BYTES + int.from_bytes(plain[:_LENGTH_BYTES], "big")
                 key, blob = plain[_LENGTH_BYTES:end], plain[end:]
             else:
@@ -260,6 +260,13 @@ class EncryptedStore(RotatingStore):
         told = type(error)(f"{self.inner.name}: {error}", **vars(error))
         told.bot = self.inner.place.bot_name
         return told
+
+
+def _sealed_in(blob: bytes) -> bytes:
+    sealed = blob[_SEAL_START:]
+    if blob[len(_RECORD_MARK) : _SEAL_START] != len(sealed).to_bytes(_LENGTH_BYTES, "big"):
+        raise Damaged("it is cut off, or something was added to it")
+    return sealed
 
 
 def _check_plain(cipher: Cipher) -> None:

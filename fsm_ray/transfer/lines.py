@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from fsm_ray.across import Conversation
-from fsm_ray.errors import FsmRayError, InvalidData, ScanInterrupted, ValueNotDecodable
+from fsm_ray.errors import FsmRayError, InvalidData, PickleNotAllowed, ScanInterrupted, ValueNotDecodable
 from fsm_ray.state import State
 from fsm_ray.storage import AsyncStorage
 from fsm_ray.transfer.loading import Arrival, Progress, Refusal, Report, load, no_progress
@@ -103,7 +103,8 @@ async def import_(
         bot_name: the bot; it may be another one than the export is of.
         file: the export; lines may have been removed, changed and sorted.
         overwrite: replace the conversations that are there.
-        allow_pickle: accept values that only pickle carries. A file from others can run any code then.
+        allow_pickle: accept values that only pickle carries, unless the bot does not. A file from others can
+            run any code then.
         progress: told how far it is.
 
     Raises:
@@ -111,7 +112,13 @@ async def import_(
         UnknownBot, NamespaceUnavailable: some were imported; to be called again.
     """
     _check_header(file.readline())
-    lines = _arrivals(file, allow_pickle=allow_pickle, keeps_moment=await _keeps_moment(storage, bot_name))
+    options = (await storage.describe(bot_name)).options
+    lines = _arrivals(
+        file,
+        # Refused by the bot, it must not be decoded first.
+        allow_pickle=allow_pickle and options.allow_pickle,
+        keeps_moment=options.ttl_mode == "absolute",
+    )
     return await load(storage, bot_name, lines, overwrite=overwrite, progress=progress)
 
 
@@ -125,7 +132,7 @@ async def _all_of(storage: AsyncStorage, bot_name: str) -> AsyncGenerator[Conver
                 after = conversation.key
         except ScanInterrupted:
             continue
-        except ValueNotDecodable as error:
+        except (PickleNotAllowed, ValueNotDecodable) as error:
             if error.key is None:
                 raise
             yield Refusal(repr(error.key), str(error))
@@ -156,14 +163,10 @@ def _check_header(line: bytes) -> None:
         raise InvalidData(f"the export has format {header.fsm_ray_export}, and this fsm_ray reads {_FORMAT}")
 
 
-async def _keeps_moment(storage: AsyncStorage, bot_name: str) -> bool:
-    """Whether what is left of a time to live counts, and not all of it again."""
-    return (await storage.describe(bot_name)).options.ttl_mode == "absolute"
-
-
 async def _arrivals(
     file: BinaryIO, *, allow_pickle: bool, keeps_moment: bool
 ) -> AsyncGenerator[Arrival | Refusal | None, None]:
+    """What the lines hold; `keeps_moment`: what is left of a time to live counts, and not all of it again."""
     footer = None
     for number, line in enumerate(file, start=2):
         where = f"line {number}"
