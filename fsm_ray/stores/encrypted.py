@@ -94,7 +94,7 @@ class EncryptedStore(RotatingStore):
         except EncryptionKeysUnusable as error:
             raise self._about(error) from None
         try:
-            # In a thread, for it takes a second for each half million records.
+            # In a thread, for it takes a second for each 250,000 records.
             self._keys, contents = await asyncio.to_thread(self._decrypted, Cipher(keyring), sealed)
             if self.is_shared:
                 # Meanwhile a lease may have passed.
