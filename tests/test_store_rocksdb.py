@@ -183,9 +183,9 @@ async def test_another_bots_directory_is_refused(closed: Path, place: Place) -> 
 
 async def test_a_store_of_a_later_format_is_refused(closed: Path, place: Place) -> None:
     with opened_directly(closed) as db:
-        db[b"owner"] = (db[b"owner"] or b"").replace(b'"format":1', b'"format":2')
+        db[b"owner"] = (db[b"owner"] or b"").replace(b'"format":1', b'"format":3')
 
-    with pytest.raises(StoreMismatch, match="format 2"):
+    with pytest.raises(StoreMismatch, match="format 3"):
         await contents_of(RocksDBStore(place))
 
 
