@@ -42,7 +42,6 @@
 #   testing           conformance kits, as pytest classes
 #   bench             fsm_ray and what one would use instead, side by side
 #   demo              real bot workers on a file of Telegram updates
-#   cli_keys          the commands about encryption keys
 #   cli               the fsm-ray command
 
 from __future__ import annotations

@@ -398,6 +398,25 @@ def test_drop_ends_the_bot_and_says_what_becomes_of_its_records(
 
 
 @pytest.mark.ray
+def test_upgrade_replaces_actors_of_another_version_and_with_force_of_this_one(
+    run: Run, cluster: RayCluster, bot_name: str, storage: Storage, tmp_path: Path
+) -> None:
+    storage.init(bot_name, store=f"rocksdb://{tmp_path}")
+    storage.set_data(bot_name, 1, {"kept": True})
+    before = storage.describe(bot_name).shards[0].pid
+
+    same, same_out, _ = run("upgrade", bot_name)
+    _, forced_out, _ = run("upgrade", bot_name, "--force", "--json")
+
+    assert (same, same_out) == (0, f"All shards of {bot_name} run fsm_ray {fsm_ray.__version__} already.\n")
+    (told,) = objects(forced_out)
+    version = {"old_version": fsm_ray.__version__, "new_version": fsm_ray.__version__}
+    assert told == {"shard": 0, **version, "away_s": told["away_s"]}
+    assert storage.describe(bot_name).shards[0].pid != before
+    assert storage.get_data(bot_name, 1) == {"kept": True}
+    storage.drop(bot_name)
+
+
 def test_an_export_is_imported_once_and_what_is_refused_fails(
     run: Run, *, bot: str, bot_name: str, storage: Storage, key: str, tmp_path: Path
 ) -> None:

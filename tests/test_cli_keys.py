@@ -7,20 +7,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner, Result
 
 from fsm_ray import State, Storage
-from fsm_ray.cli_keys import keys, rotate_keys
+from fsm_ray.cli import app
 from fsm_ray.errors import EncryptionKeysUnusable
 from fsm_ray.stores.keyring import read_keyring
 from tests.conftest import DEADLINE_S, RayCluster
 
 
 def run(*arguments: object) -> Result:
-    app = typer.Typer()
-    app.add_typer(keys, name="keys")
-    app.command()(rotate_keys)
     return CliRunner().invoke(app, [str(each) for each in arguments])
 
 
@@ -48,6 +44,14 @@ def test_a_key_is_added_under_its_id(tmp_path: Path) -> None:
     assert "rotate-keys" in result.stdout
     keyring = read_keyring(f"file://{path}")
     assert (keyring.current, list(keyring.keys)) == ("second", ["first", "second"])
+
+
+def test_json_names_the_key_and_the_option(tmp_path: Path) -> None:
+    path = tmp_path / "keys.json"
+
+    for command in ("new", "add"):
+        told = json.loads(run("keys", command, path, "--id", command, "--json").stdout)
+        assert told == {"key_id": command, "encryption_keys": f"file://{path}"}
 
 
 def test_no_key_is_printed(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import fsm_ray
-from fsm_ray.cli import across, bots, checking, conversations, moving, running
+from fsm_ray.cli import across, bots, checking, conversations, keys, moving, running, upgrade
 from fsm_ray.cli.exits import (
     EPILOG,
     EXIT_FAILED,
@@ -59,7 +59,7 @@ def _command(
     pass  # what is common to all commands
 
 
-_TRY, _LOOK, _CHANGE, _MOVE, _CHECK = "Try it", "Look", "Change", "Move", "Check"
+_TRY, _LOOK, _CHANGE, _MOVE, _RUN, _CHECK = "Try it", "Look", "Change", "Move", "Keep it running", "Check"
 _TAKES_KEYS = {"ignore_unknown_options": True}
 """For commands that take a key: `-100` is one."""
 
@@ -77,5 +77,8 @@ app.command(rich_help_panel=_CHANGE, epilog=EPILOG)(bots.drop)
 app.command(rich_help_panel=_MOVE, epilog=EPILOG)(moving.export)
 app.command("import", rich_help_panel=_MOVE, epilog=EPILOG)(moving.import_)
 app.add_typer(moving.import_from, name="import-from", rich_help_panel=_MOVE, epilog=EPILOG)
+app.command(rich_help_panel=_RUN, epilog=EPILOG)(upgrade.upgrade)
+app.add_typer(keys.keys, name="keys", rich_help_panel=_RUN, epilog=EPILOG)
+app.command(rich_help_panel=_RUN, epilog=EPILOG)(keys.rotate_keys)
 app.command(rich_help_panel=_CHECK, epilog=EPILOG)(checking.verify)
 app.command(rich_help_panel=_CHECK, epilog=EPILOG)(checking.doctor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fsm_ray.cli.shared import Address, AsJson, BotName, attached
 from fsm_ray.errors import EncryptionKeysUnusable
 from fsm_ray.stores.keyring import add_key, make_key_file
 
@@ -27,7 +27,7 @@ keys = typer.Typer(help="Make encryption keys, for the option `encryption_keys`.
 
 
 @keys.command()
-def new(path: KeyFile, *, key_id: KeyId = None) -> None:
+def new(path: KeyFile, *, key_id: KeyId = None, as_json: AsJson = False) -> None:
     """Make a key file with one key, readable by its owner alone.
 
     Whoever loses the file loses what is encrypted with it: keep a copy where the store's backups are not.
@@ -42,52 +42,61 @@ def new(path: KeyFile, *, key_id: KeyId = None) -> None:
         ) from error
     except OSError as error:
         raise _not_written(path, error) from error
-    typer.echo(f"{path} has the key {key_id}. Copy it to every node, and init with:")
-    typer.echo(f'    encryption_keys="file://{path.absolute()}"')
+    option = f"file://{path.absolute()}"
+    if as_json:
+        _tell_json(key_id=key_id, encryption_keys=option)
+    else:
+        typer.echo(f"{path} has the key {key_id}. Copy it to every node, and init with:")
+        typer.echo(f'    encryption_keys="{option}"')
 
 
 @keys.command()
-def add(path: KeyFile, *, key_id: KeyId = None) -> None:
+def add(path: KeyFile, *, key_id: KeyId = None, as_json: AsJson = False) -> None:
     """Add a key to a key file, to be used from the next `fsm-ray rotate-keys` on."""
     key_id = key_id or _today()
     try:
         add_key(path, key_id)
     except OSError as error:
         raise _not_written(path, error) from error
-    typer.echo(f"{path} has the key {key_id} now. Copy it to every node, and run: fsm-ray rotate-keys BOT")
+    if as_json:
+        _tell_json(key_id=key_id, encryption_keys=f"file://{path.absolute()}")
+    else:
+        typer.echo(
+            f"{path} has the key {key_id} now. Copy it to every node, and run: fsm-ray rotate-keys BOT"
+        )
 
 
 def rotate_keys(
-    bot_name: Annotated[str, typer.Argument(metavar="BOT", help="The bot's name.", show_default=False)],
+    bot_name: BotName,
     *,
     wait: Annotated[bool, typer.Option(help="Wait until it is done.")] = True,
-    address: Annotated[
-        str | None,
-        typer.Option(metavar="HOST:PORT", help="Of the Ray to use. Default: RAY_ADDRESS, or the one here."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: an object for each line.")] = False,
+    address: Address = None,
+    as_json: AsJson = False,
 ) -> None:
     """Let a bot's shards read their key file again, and encrypt everything with its current key.
 
     The bot works on meanwhile. What is interrupted, also by kill -9, goes on by itself; to see how far it is,
     run this again. When it says that it is done, keys other than the current one may be removed.
     """
-    from rich.console import Console  # noqa: PLC0415 - help answers at once
+    from rich.console import Console
 
-    from fsm_ray.storage import Storage  # noqa: PLC0415
-
-    with Storage(address) as storage, Console(stderr=True).status("Asking the shards") as status:
+    with attached(address) as storage, Console(stderr=True).status("Asking the shards") as status:
         rotation = storage.rotate_keys(bot_name)
         while wait and not rotation.is_done:
             status.update(f"{rotation.pending:,} to be encrypted with {rotation.key_id}")
             time.sleep(_POLL_S)
             rotation = storage.rotate_keys(bot_name)
-    typer.echo(_to_json(bot_name, rotation) if as_json else _to_text(bot_name, rotation))
+    if as_json:
+        facts = {"key_id": rotation.key_id, "pending": rotation.pending, "is_done": rotation.is_done}
+        _tell_json(bot=bot_name, **facts)
+    else:
+        typer.echo(_to_text(bot_name, rotation))
 
 
-def _to_json(bot_name: str, rotation: KeyRotation) -> str:
-    facts = {"key_id": rotation.key_id, "pending": rotation.pending, "is_done": rotation.is_done}
-    return json.dumps({"bot": bot_name, **facts})
+def _tell_json(**facts: object) -> None:
+    from fsm_ray.cli.texts import to_line
+
+    typer.echo(to_line(facts))
 
 
 def _to_text(bot_name: str, rotation: KeyRotation) -> str:
