@@ -4,6 +4,7 @@
 #
 #   errors            every exception, one tree
 #   version           which fsm_ray this is, and how what another one pickled is loaded
+#   logs              log lines that could come too often, or say too much
 #   state             State: flow, state, data, version
 #   keys              key strategies: which chats and users share one conversation
 #   options           BotOptions, and what a bot may be called
@@ -11,6 +12,7 @@
 #   codec             keys and values <-> bytes
 #   record            the stored form of a State, and the pure changes to it
 #   protocol          the operations and the frames that carry them
+#   tally             plain numbers of what a shard did, and of what its clients saw
 #   stores.owner      who opened a store last
 #   stores.base       what a store must do
 #   stores.keyring    the keys that a store is encrypted with
@@ -25,6 +27,7 @@
 #   sessions          what lets a write take effect once, though it may be sent twice
 #   namespace         one shard's records: evaluate, commit, answer; turns, expiry, scans, watches
 #   channel           frames over a socket: the actor's half and both client halves
+#   metrics           tallies, published through Ray to Prometheus; the Grafana dashboard
 #   notes             what Ray's control store holds about a bot: versions, and an upgrade under way
 #   actor             a namespace as a Ray named actor: name, lifetime, restart, credentials
 #   upgrade           a bot's actors replaced by ones of another version, one at a time

@@ -32,13 +32,18 @@ from fsm_ray.errors import (
     NamespaceUnavailable,
     NotOwner,
     OptionsConflict,
+    StoreCorrupted,
     UnknownBot,
 )
+from fsm_ray.logs import Seldom, where
+from fsm_ray.metrics.publisher import PUBLISH_EVERY_S
+from fsm_ray.metrics.shard import ShardMetrics
 from fsm_ray.namespace import Namespace, NamespaceStatistics, NotServing
 from fsm_ray.notes import Version, find_mark, note_version, noted_version, remove_notes, remove_version
 from fsm_ray.options import BotOptions, redacted
 from fsm_ray.stores.base import RotatingStore, Store
 from fsm_ray.stores.by_url import make_store
+from fsm_ray.tally import ShardTally
 from fsm_ray.version import load_fields
 
 logger = logging.getLogger(__name__)
@@ -65,6 +70,10 @@ _OPENING_PATIENCE_S = 2.0
 
 _KILL_PAUSE_S = 0.01
 """How long before Ray is asked again whether killed actors are gone."""
+
+_MEASURE_EVERY_S = 30.0
+"""How often records are measured, which looks at all of them; less often where that takes more than a
+hundredth of the time."""
 
 _OPENING_PAUSE_S = 0.2
 """How long after a failure a store is not asked again."""
@@ -114,6 +123,12 @@ class NamespaceActor:
         self._bot_name = bot_name
         self._shard = shard
         self._options = options
+        self._name = f"shard {shard} of bot {bot_name!r}"
+        self._tally = ShardTally()
+        self._metrics = ShardMetrics(bot_name, shard, self._tally)
+        self._publishing: asyncio.Task[None] | None = None
+        self._openings = 0
+        self._opening_failures = Seldom()
         self._restarted = _was_restarted()
         self._store: Store | None = None
         self._namespace: Namespace | None = None
@@ -167,13 +182,16 @@ class NamespaceActor:
         namespace = await self._opened()
         committed: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._exchanges.add(committed)
-        committed.add_done_callback(self._exchanges.discard)
         try:
             reply = namespace.handle(request[4:], committed.set_result)
+            # Shielded: the commit answers even when the caller has given up.
+            return await asyncio.shield(committed) if reply is None else reply
         except NotServing as error:
+            if committed.done():
+                committed.exception()  # retrieved: what stopped it just now told all that wait
             raise self._unavailable("it has just stopped") from error
-        # Shielded: the commit answers even when the caller has given up.
-        return await asyncio.shield(committed) if reply is None else reply
+        finally:
+            self._exchanges.discard(committed)
 
     async def describe(self) -> ShardDescription:
         namespace = await self._opened()
@@ -216,6 +234,9 @@ class NamespaceActor:
         self._final = self._unavailable("it was told to stop, and is about to be killed")
         remove_version(self._bot_name, self._shard)
         await self._close_namespace()
+        if self._publishing is not None:
+            self._publishing.cancel()
+        self._metrics.publish()
         if self._store is not None:
             await self._store.close()
 
@@ -252,17 +273,26 @@ class NamespaceActor:
                 self._store = make_store(self._bot_name, self._shard, self._options)
             contents = await self._store.open()
         except FsmRayError as error:
-            logger.warning("shard %d of bot %r: %s", self._shard, self._bot_name, error)
+            self._tell_of_failure(error)
             if isinstance(error, NotOwner):
                 self._final = error
             raise
         else:
             self._namespace = namespace = Namespace(
-                self._bot_name, self._options, self._store, contents, on_stopped=self._stopped
+                self._bot_name,
+                self._options,
+                self._store,
+                contents,
+                on_stopped=self._stopped,
+                tally=self._tally,
+                shard=self._shard,
             )
         finally:
             gc.enable()
         loop = asyncio.get_running_loop()
+        self._openings += 1
+        if self._publishing is None:
+            self._publishing = loop.create_task(self._keep_publishing())
         self._keepers = [loop.create_task(namespace.keep_tidy())]
         if self._store.is_shared:
             self._keepers.append(loop.create_task(namespace.keep_ownership()))
@@ -270,11 +300,14 @@ class NamespaceActor:
             self._rewrite_stale(namespace, self._store)
         self._recovery_s = time.monotonic() - started_s
         if self._restarted and not self._is_durable:
-            logger.warning(
-                "shard %d of bot %r was restarted and is empty: its records lived in memory only",
-                self._shard,
-                self._bot_name,
-            )
+            logger.warning("%s was restarted and is empty: its records lived in memory only", self._name)
+        logger.info(
+            "%s: opened %s with %d records in %.2f s",
+            self._name,
+            redacted(self._options.store),
+            namespace.statistics().records,
+            self._recovery_s,
+        )
         # What is imported by now stays for good: let no collection look at it again.
         gc.collect()
         gc.freeze()
@@ -309,7 +342,7 @@ class NamespaceActor:
 
     def _stopped(self, reason: FsmRayError) -> None:
         """The namespace stopped by itself: drop it and all who talk to it; they come back and ask again."""
-        logger.error("shard %d of bot %r stopped: %s", self._shard, self._bot_name, reason)
+        logger.error("%s stopped: %s", self._name, reason)
         if isinstance(reason, NotOwner):
             self._final = reason
         self._namespace = None
@@ -323,6 +356,42 @@ class NamespaceActor:
         for keeper in self._keepers:
             keeper.cancel()
 
+    def _tell_of_failure(self, error: FsmRayError) -> None:
+        """Log why the store could not be opened; those who ask get the same error."""
+        if self._opening_failures.passes():
+            # Which record is damaged is told to whoever calls init: a log must not say a user's key.
+            why = "what it holds cannot be read" if isinstance(error, StoreCorrupted) else str(error)
+            more = self._opening_failures.more()
+            logger.warning(
+                "%s: cannot open its store (%s): %s%s", self._name, type(error).__name__, why, more
+            )
+
+    async def _keep_publishing(self) -> None:
+        """Publish metrics, again and again; without them, everything works all the same."""
+        troubles = Seldom()
+        size_bytes, due_s = 0, 0.0
+        while True:
+            try:
+                namespace, now_s = self._namespace, time.monotonic()
+                if namespace is not None and now_s >= due_s:
+                    size_bytes = await namespace.size_bytes()
+                    due_s = now_s + max(_MEASURE_EVERY_S, 100 * (time.monotonic() - now_s))
+                self._publish(size_bytes)
+            except Exception as error:  # noqa: BLE001  # of Ray's, say
+                if troubles.passes():
+                    logger.warning("%s: no metrics: %s%s", self._name, where(error), troubles.more())
+            await asyncio.sleep(PUBLISH_EVERY_S)
+
+    def _publish(self, size_bytes: int) -> None:
+        self._metrics.publish()
+        self._metrics.publish_state(
+            None if self._namespace is None else self._namespace.statistics(),
+            record_bytes=size_bytes,
+            connections=0 if self._server is None else len(self._server.connections),
+            openings=self._openings,
+            recovery_s=self._recovery_s,
+        )
+
     def _hang_up(self) -> None:
         """Close all connections, and stop to listen."""
         if self._server is not None:
@@ -333,12 +402,10 @@ class NamespaceActor:
                 exchange.set_exception(self._unavailable("it stopped while it worked on a request"))
 
     def _unavailable(self, why: str) -> NamespaceUnavailable:
-        return NamespaceUnavailable(
-            f"shard {self._shard} of bot {self._bot_name!r}: {why}", bot=self._bot_name
-        )
+        return NamespaceUnavailable(f"{self._name}: {why}", bot=self._bot_name)
 
     async def _listen(self, namespace: Namespace) -> tuple[Server, Endpoint]:
-        server = Server(namespace.handle, namespace.disconnected)
+        server = Server(namespace.handle, namespace.disconnected, name=self._name, tally=self._tally)
         # A restarted actor has the same name for its socket, and so removes what its killed self left.
         identity = f"{ray.get_runtime_context().gcs_address} {self._bot_name}/{self._shard}"
         unix_path = await server.listen_unix(hashlib.sha256(identity.encode()).hexdigest()[:24])

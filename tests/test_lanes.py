@@ -169,6 +169,7 @@ class Rig:
 async def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
     clock = FakeClock()
     monkeypatch.setattr(asyncio.get_running_loop(), "time", clock)
+    monkeypatch.setattr(lanes, "monotonic", clock)
     return clock
 
 

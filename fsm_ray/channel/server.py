@@ -21,8 +21,10 @@ from fsm_ray.channel import handshake
 from fsm_ray.channel.frames import FrameProtocol
 from fsm_ray.channel.handshake import HANDSHAKE_TIMEOUT_S, MAX_HANDSHAKE_BYTES, HandshakeFailed
 from fsm_ray.errors import ConfigurationError
-from fsm_ray.namespace import Answer, RequestRefused
+from fsm_ray.logs import Seldom
+from fsm_ray.namespace import Answer, NotServing, RequestRefused
 from fsm_ray.protocol import MAX_FRAME_BYTES, frame
+from fsm_ray.tally import ShardTally
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ class ServerConnection(FrameProtocol):
 
     def malformed(self, error: Exception) -> None:
         if self._transport is not None:
-            logger.warning("closing a connection: %s", error)
+            self._server.refused(error)
             self._transport.abort()
             self._transport = None
 
@@ -144,6 +146,9 @@ class Server:
         self,
         handle: Callable[[bytes, Answer], bytes | None],
         disconnected: Callable[[Answer], None] = _ignore,
+        *,
+        name: str = "",
+        tally: ShardTally | None = None,
     ) -> None:
         """Make a server that does not listen yet.
 
@@ -151,7 +156,12 @@ class Server:
             handle: takes a request and returns its reply, or None and calls back with it later.
             disconnected: is told when a connection is gone; what it gets equals what `handle` got with each
                 request of that connection.
+            name: of what it serves, for the log.
+            tally: counts the peers that are refused.
         """
+        self._prefix = f"{name}: " if name else ""
+        self._tally = tally or ShardTally()
+        self._refusals = Seldom()
         self.handle = handle
         self.disconnected = disconnected
         self.secret = secrets.token_bytes(32)
@@ -189,6 +199,14 @@ class Server:
         self._listeners.append(listener)
         port: int = listener.sockets[0].getsockname()[1]
         return host, port
+
+    def refused(self, error: Exception) -> None:
+        """Take note that a connection is closed: its peer broke the rules, or nobody serves any more."""
+        if isinstance(error, NotServing):
+            return  # who stopped, and why, is in the log already
+        self._tally.connections_refused += 1
+        if self._refusals.passes():
+            logger.warning("%sclosing a connection: %s%s", self._prefix, error, self._refusals.more())
 
     def close(self) -> None:
         """Stop listening, drop every connection, remove the socket."""

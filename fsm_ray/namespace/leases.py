@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
 from fsm_ray.errors import Overloaded
+from fsm_ray.tally import ShardTally
 
 LEASE_S = 30.0
 """How long a session that is silent keeps its turns. Clients make themselves heard three times as often."""
@@ -36,7 +37,12 @@ class Leases:
     `on_granted` is called with a session when one that waited of its turns has the conversation.
     """
 
-    def __init__(self, clock: Callable[[], float], on_granted: Callable[[bytes], None]) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        on_granted: Callable[[bytes], None],
+        tally: ShardTally | None = None,
+    ) -> None:
         self._clock = clock
         self._on_granted = on_granted
         self._queues: dict[bytes, dict[TurnId, None]] = {}
@@ -44,12 +50,16 @@ class Leases:
         self._sessions: dict[bytes, _Session] = {}
         self._connections: dict[Hashable, dict[TurnId, None]] = {}
         """Connection -> the turns that came by it."""
-        self.lost = 0
-        """Turns that had their conversation and ended with their session."""
+        self._tally = tally or ShardTally()
 
     def __len__(self) -> int:
         """How many conversations a turn has."""
         return len(self._queues)
+
+    @property
+    def lost(self) -> int:
+        """Turns that had their conversation and ended with their session."""
+        return self._tally.turns_lost
 
     @property
     def waiting(self) -> int:
@@ -160,5 +170,5 @@ class Leases:
         # Those that wait go first, so that none of them is granted what it loses in the next moment.
         keys = {turn: self._sessions[turn[0]].turns[turn[1]][0] for turn in turns}
         for turn, key in sorted(keys.items(), key=lambda each: self.has(*each)):
-            self.lost += self.has(turn, key)
+            self._tally.turns_lost += self.has(turn, key)
             self.end(turn)

@@ -17,6 +17,7 @@ from fsm_ray.errors import FsmRayError, Overloaded, ScanInterrupted
 from fsm_ray.options import SLOTS
 from fsm_ray.protocol import SCAN, ScanRequest, reply
 from fsm_ray.record import Front, Packer, head_of
+from fsm_ray.tally import ShardTally
 
 MAX_SCANS = 64
 """Scans of one shard at a time."""
@@ -81,6 +82,8 @@ class Scans:
         packer: Packer,
         is_over: Callable[[bytes, int], bool],
         clock: Callable[[], float],
+        *,
+        tally: ShardTally,
     ) -> None:
         """`is_over` tells whether a record has expired at a time in milliseconds; `clock` counts seconds."""
         self._bot_name = bot_name
@@ -88,6 +91,7 @@ class Scans:
         self._packer = packer
         self._is_over = is_over
         self._clock = clock
+        self._tally = tally
         self._scans: dict[bytes, _Scan] = {}
         self._finished: dict[bytes, _Scan] = {}
         """The last ones that are over: their last page may be asked for again."""
@@ -115,6 +119,7 @@ class Scans:
         try:
             results = self._results(request, now_ms, count)
         except FsmRayError as error:
+            self._tally.count_failed(ScanRequest, error)
             results = [protocol.encode_error(error)]
         return reply(SCAN, request.number, results)
 

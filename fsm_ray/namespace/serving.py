@@ -9,7 +9,6 @@ in, replies go out.
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
 from collections import deque
@@ -22,7 +21,9 @@ import msgspec
 
 from fsm_ray import protocol
 from fsm_ray.errors import FsmRayError, NamespaceUnavailable, StoreUnavailable
+from fsm_ray.logs import where
 from fsm_ray.namespace.evaluation import Effects, Evaluator, shown
+from fsm_ray.namespace.events import Events
 from fsm_ray.namespace.scans import Scans
 from fsm_ray.namespace.turns import Turns
 from fsm_ray.namespace.watches import Watches
@@ -32,6 +33,8 @@ from fsm_ray.protocol import (
     NIL,
     READ_CONTENT,
     READ_RECORD,
+    SCAN,
+    TURN,
     WRITE,
     CountRequest,
     GrantsRequest,
@@ -49,9 +52,8 @@ from fsm_ray.protocol import (
 from fsm_ray.record import Packer
 from fsm_ray.sessions import Sessions
 from fsm_ray.stores.base import Answered, Batch, Contents, Stale, Store, lease_clock
+from fsm_ray.tally import MEASURE_EVERY, ShardTally, now_ns
 from fsm_ray.version import load_fields
-
-logger = logging.getLogger(__name__)
 
 Answer = Callable[[bytes], None]
 """Takes the reply to one request, a whole frame."""
@@ -86,10 +88,15 @@ class _Commit:
     started_s: float
     effects: Effects
     answers: list[tuple[Answer, bytes]]
+    began_ns: int
+    measured: list[tuple[int, int]]
+    """Operations of the write requests that are measured, and when these came."""
 
 
 _ABSENT = b""
 """What is found where there is no record: unlike None, which is a record that is being cleared."""
+
+_OF_MANY = (ScanRequest, CountRequest, WatchRequest)
 
 _RATED_TICKS = 10
 """Ticks over which operations per second are told."""
@@ -145,9 +152,25 @@ class Namespace:
         clock: Callable[[], float] = time.time,
         lease_clock: Callable[[], float] = lease_clock,
         on_stopped: Callable[[FsmRayError], None] = _ignore,
+        tally: ShardTally | None = None,
+        shard: int = 0,
     ) -> None:
-        """`on_stopped` is called once, when the namespace stops by itself, with the reason."""
+        """Make one of what the store holds.
+
+        Args:
+            bot_name: for errors and the log, as `shard`.
+            options: of the bot.
+            store: gets the commits.
+            contents: what `store.open` returned; the namespace keeps it, and changes it.
+            clock: wall clock, in seconds.
+            lease_clock: see `stores.base.lease_clock`.
+            on_stopped: called once, when the namespace stops by itself, with the reason.
+            tally: what to count in.
+            shard: its number.
+        """
         self._bot_name = bot_name
+        self._tally = tally or ShardTally()
+        self._counted = self._tally.operations
         self._store = store
         self._is_durable = store.is_durable
         self._packer = Packer()
@@ -162,10 +185,10 @@ class Namespace:
         self._serves_until_s = contents.owned_since_s + self._lease_s if store.is_shared else math.inf
         self._stopped: FsmRayError | None = None
         self._on_stopped = on_stopped
-        self._operations = 0
         self._scanned_after = 0
         """How many operations there were when a scan was last asked for."""
-        self._waiting: list[tuple[WriteRequest, Answer]] = []
+        self._waiting: list[tuple[WriteRequest, Answer, int]] = []
+        """Writes that are to be committed, who gets their replies, and when they came, or 0: not measured."""
         self._due: list[bytes] = []
         self._stale = contents.stale
         self._rewriting = Stale()
@@ -175,7 +198,7 @@ class Namespace:
         self._commits: deque[_Commit] = deque()
         self._max_commits = store.max_commits
         self._answered: dict[bytes, Answered] = {} if self._is_durable else self._sessions.answered
-        self._turns = Turns(self._blob_for_turn, lease_clock)
+        self._turns = Turns(self._blob_for_turn, lease_clock, self._tally)
         self._evaluator = Evaluator(
             bot_name,
             options,
@@ -187,9 +210,12 @@ class Namespace:
             check_turn=self._turns.check,
         )
         self._is_over = self._evaluator.is_over
-        self._scans = Scans(bot_name, self._records, self._packer, self._is_over, lease_clock)
-        self._watches = Watches(bot_name, self._packer, lease_clock)
-        self._rates: deque[tuple[float, int]] = deque([(lease_clock(), 0)], maxlen=_RATED_TICKS)
+        self._scans = Scans(
+            bot_name, self._records, self._packer, self._is_over, lease_clock, tally=self._tally
+        )
+        self._watches = Watches(bot_name, self._packer, lease_clock, self._tally)
+        self._events = Events(f"shard {shard} of bot {bot_name!r}", self._tally, lease_clock)
+        self._rates = deque([(lease_clock(), self._operations)], maxlen=_RATED_TICKS)
         # What the commit that is being put together does. In memory there is nothing to commit.
         self._effects = Effects() if self._is_durable else Effects(self._records, moved=self._counts)
         self._evaluator.begin(self._effects, self._records.get)
@@ -205,66 +231,98 @@ class Namespace:
             request = decode_request(body)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
             raise MalformedRequest(str(error)) from error
+        began_ns = now_ns() if request.number % MEASURE_EVERY == 1 else 0
         if type(request) is WriteRequest:
             if self._is_durable:
-                self._commit_soon(request, answer)
+                self._commit_soon(request, answer, began_ns)
                 return None
             # There is nothing to commit: what is evaluated is there.
             answered = self._evaluate(request)
             effects = self._effects
             if effects.cleared or effects.changes or effects.ended:
                 self._settle(effects)
+            if began_ns:
+                self._measure(WRITE, len(request.operations), began_ns)
             return answered
         if self._is_durable and self._lease_clock() >= self._serves_until_s:
             self._stop_serving()
         if type(request) is ReadContent:
-            return reply(READ_CONTENT, request.number, self._read(request.keys, self._content))
-        if type(request) is ReadRecord:
-            return reply(READ_RECORD, request.number, self._read(request.keys, self._packer.blob))
-        return self._handle_other(request, answer)
+            kind, answered = READ_CONTENT, self._read(READ_CONTENT, request, self._content)
+        elif type(request) is ReadRecord:
+            kind, answered = READ_RECORD, self._read(READ_RECORD, request, self._packer.blob)
+        else:
+            return self._handle_other(request, answer, began_ns)
+        if began_ns:
+            self._measure(kind, len(request.keys), began_ns)
+        return answered
 
     def _handle_other(
         self,
         request: TurnRequest | GrantsRequest | ScanRequest | CountRequest | WatchRequest,
         answer: Answer,
+        began_ns: int,
     ) -> bytes | None:
         if isinstance(request, TurnRequest):
-            self._operations += len(request.operations)
-            return self._turns.handle(request, answer)
+            answered = self._turns.handle(request, answer)
+            if began_ns:
+                self._measure(TURN, len(request.operations), began_ns)
+            return answered
         if isinstance(request, GrantsRequest):
             return self._turns.listen(request, answer)
+        self._counted[type(request)] += 1
+        if isinstance(request, WatchRequest):
+            return self._watch(request, answer)
+        # These are few, and take their time.
+        began_ns = now_ns()
         if isinstance(request, CountRequest):
-            return self._count(request)
-        if isinstance(request, ScanRequest):
-            is_alone, self._scanned_after = self._operations == self._scanned_after, self._operations
-            answered: bytes | None = self._scans.handle(request, self._now_ms(), is_alone=is_alone)
+            kind, answered = COUNT, self._count(request)
         else:
-            answered = self._watches.handle(request, self._evaluator.version, answer)
-            if answered is not None and self._commits and not self._watches.have_changes:
-                # The version in it may not be committed yet: a scan that followed would miss changes.
-                self._commits[-1].answers.append((answer, answered))
-                answered = None
+            kind, answered = SCAN, self._scan(request)
+        self._measure(kind, 1, began_ns)
+        return answered
+
+    def _measure(self, kind: int, operations: int, began_ns: int) -> None:
+        """Count a request of this kind and size, which came then, and is answered now."""
+        self._tally.batch[kind].add(operations)
+        self._tally.request_ns[kind].add(now_ns() - began_ns)
+
+    def _scan(self, request: ScanRequest) -> bytes:
+        operations = self._operations
+        is_alone, self._scanned_after = operations == self._scanned_after, operations
+        answered = self._scans.handle(request, self._now_ms(), is_alone=is_alone)
+        self._observe()
+        return answered
+
+    def _watch(self, request: WatchRequest, answer: Answer) -> bytes | None:
+        answered = self._watches.handle(request, self._evaluator.version, answer)
+        if answered is not None and self._commits and not self._watches.have_changes:
+            # The version in it may not be committed yet: a scan that followed would miss changes.
+            self._commits[-1].answers.append((answer, answered))
+            answered = None
         self._observe()
         return answered
 
     def disconnected(self, answer: Answer) -> None:
         """Forget a client whose connection is gone; `handle` got this, or its equal, with its requests."""
+        lost = self._tally.turns_lost
         self._turns.disconnected(answer)
+        self._events.disconnected(self._tally.turns_lost - lost)
         self._watches.disconnected(answer)
 
-    def _read(self, keys: list[bytes], part: Callable[[bytes], bytes]) -> list[bytes]:
-        self._operations += len(keys)
+    def _read(self, kind: int, request: ReadContent | ReadRecord, part: Callable[[bytes], bytes]) -> bytes:
+        keys = request.keys
+        self._counted[type(request)] += len(keys)
         get, results = self._records.get, []
         if self._evaluator.has_tails:
             now_ms = self._now_ms()
             for key in keys:
                 packed = get(key)
                 results.append(NIL if packed is None or self._is_over(packed, now_ms) else part(packed))
-            return results
+            return reply(kind, request.number, results)
         for key in keys:
             packed = get(key)
             results.append(NIL if packed is None else part(packed))
-        return results
+        return reply(kind, request.number, results)
 
     def _blob_for_turn(self, key: bytes) -> bytes:
         """The record with which a turn begins; NIL: there is none."""
@@ -288,6 +346,12 @@ class Namespace:
         in_memory = not self._is_durable
         self._evaluator.tells_births = in_memory and self._scans.want_births
         self._evaluator.tells_all = self._watches.want_changes or (in_memory and len(self._scans) > 0)
+
+    @property
+    def _operations(self) -> int:
+        """Operations so far on single conversations."""
+        counted = self._counted
+        return sum(counted.values()) - sum(counted[each] for each in _OF_MANY)
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1_000)
@@ -320,13 +384,22 @@ class Namespace:
         """End and forget what has grown old, again and again, until the namespace stops."""
         while self._stopped is None:
             await asyncio.sleep(TICK_S)
-            self._rates.append((self._lease_clock(), self._operations))
-            self._turns.leases.expire()
-            self._scans.forget_idle()
-            self._watches.forget_idle()
-            self._observe()
-            while self.sweep():  # noqa: ASYNC110  # it is paused for others, and waits for no event
-                await asyncio.sleep(SWEEP_PAUSE_S)
+            try:
+                await self._tidy_up()
+            except Exception as error:  # noqa: BLE001  # if this ended, dead workers would keep their turns
+                self._events.tidying_failed(error)
+
+    async def _tidy_up(self) -> None:
+        self._rates.append((self._lease_clock(), self._operations))
+        lost = self._tally.turns_lost
+        self._turns.leases.expire()
+        self._events.expired(self._tally.turns_lost - lost)
+        self._events.look_at_refusals()
+        self._scans.forget_idle()
+        self._watches.forget_idle()
+        self._observe()
+        while self.sweep():  # noqa: ASYNC110  # it is paused for others, and waits for no event
+            await asyncio.sleep(SWEEP_PAUSE_S)
 
     def sweep(self) -> bool:
         """Remove some of the records that have expired; tell whether there may be more."""
@@ -419,12 +492,13 @@ class Namespace:
             async with asyncio.timeout(self._serves_until_s - now_s):
                 await self._store.confirm()
         except (StoreUnavailable, TimeoutError) as error:
-            logger.warning("bot %r: its store does not confirm ownership: %s", self._bot_name, error)
+            self._events.unconfirmed(error, self._serves_until_s)
             await asyncio.sleep(self._lease_s / 20)
         except FsmRayError as error:
             self._stop(error)
         else:
             self._owned_since(now_s)
+            self._events.confirmed()
 
     def _owned_since(self, since_s: float) -> None:
         if self._store.is_shared and self._stopped is None:
@@ -455,10 +529,10 @@ class Namespace:
     # then again with what came meanwhile. Where a store takes commits ahead, the next one is evaluated over
     # the overlay of the one under way, and handed over before that is done.
 
-    def _commit_soon(self, request: WriteRequest, answer: Answer) -> None:
+    def _commit_soon(self, request: WriteRequest, answer: Answer, began_ns: int) -> None:
         if self._stopped is not None:
             raise NotServing
-        self._waiting.append((request, answer))
+        self._waiting.append((request, answer, began_ns))
         self._commit_waiting()
 
     def _commit_waiting(self) -> None:
@@ -474,7 +548,8 @@ class Namespace:
         self._effects = effects = Effects()
         self._evaluator.begin(effects, below)
         self._answered = {}
-        answers = [(answer, self._evaluate(request)) for request, answer in waiting]
+        answers = [(answer, self._evaluate(request)) for request, answer, _ in waiting]
+        measured = [(len(request.operations), began_ns) for request, _, began_ns in waiting if began_ns]
         for turn, _ in effects.ended:
             self._turns.leases.keep(turn)
         if due:
@@ -485,11 +560,13 @@ class Namespace:
             # What was found is as good as what a read finds, once it is committed.
             if self._commits:
                 self._commits[-1].answers += answers
+                self._commits[-1].measured += measured
                 self._commits[-1].effects.ended += effects.ended
             elif self._lease_clock() < self._serves_until_s:
                 self._end_turns(effects)
                 for answer, answered in answers:
                     answer(answered)
+                self._measure_writes(measured)
             else:
                 self._stop(self._lapsed())
             return
@@ -501,21 +578,28 @@ class Namespace:
         if rewriting:
             sessions = self._add_stale(rewriting, records, below)
             answers.append((self._tell_rewritten, b""))
-        started_s = self._lease_clock()
+        self._tally.commit_operations.add(sum([len(request.operations) for request, _, _ in waiting]))
+        started_s, began_ns = self._lease_clock(), now_ns()
         done = self._store.commit(Batch(self._evaluator.version, records, sessions, forgotten))
-        self._commits.append(_Commit(done, started_s, effects, answers))
+        self._commits.append(_Commit(done, started_s, effects, answers, began_ns, measured))
         done.add_done_callback(self._committed)
 
     def _committed(self, done: asyncio.Future[None]) -> None:
         error = asyncio.CancelledError() if done.cancelled() else done.exception()
         if error is not None:
             # Whether it was kept is unknown, and memory can follow the store no more.
+            self._tally.commits_failed += 1
             if not isinstance(error, FsmRayError):
-                error = StoreUnavailable(f"a commit failed: {error!r}", bot=self._bot_name)
+                # What others say than the system may be of users.
+                why = repr(error) if isinstance(error, OSError) else where(error)
+                error = StoreUnavailable(f"a commit failed: {why}", bot=self._bot_name)
             self._stop(error)
         if self._stopped is None:
             commit = self._commits.popleft()
             self._owned_since(commit.started_s)
+            took_ns = now_ns() - commit.began_ns
+            self._tally.commit_ns.add(took_ns)
+            self._events.committed(took_ns)
             self._publish(commit)
 
     def _publish(self, commit: _Commit) -> None:
@@ -532,7 +616,12 @@ class Namespace:
             self._settle(effects)
         for answer, answered in commit.answers:
             answer(answered)
+        self._measure_writes(commit.measured)
         self._commit_waiting()
+
+    def _measure_writes(self, measured: list[tuple[int, int]]) -> None:
+        for operations, began_ns in measured:
+            self._measure(WRITE, operations, began_ns)
 
     def _settle(self, effects: Effects) -> None:
         """Let all else follow the records."""
@@ -560,19 +649,25 @@ class Namespace:
             try:
                 known = self._sessions.recall(request, self._answered)
             except FsmRayError as error:
+                for operation in request.operations:
+                    self._counted[type(operation)] += 1
+                    self._tally.count_failed(type(operation), error)
                 refusal = protocol.encode_error(error)
                 return reply(WRITE, request.number, [refusal] * len(request.operations))
             if known is not None:
+                self._tally.answered_again += 1
                 return known
-        self._operations += len(request.operations)
         now_s = self._clock()
         self._evaluator.now_ms = int(now_s * 1_000)
-        methods, results = self._evaluator.methods, []
+        methods, counted, results = self._evaluator.methods, self._counted, []
         for operation in request.operations:
+            kind = type(operation)
+            counted[kind] += 1
             try:
-                results.append(methods[type(operation)](operation))
+                results.append(methods[kind](operation))
             except FsmRayError as error:
                 # A failed operation leaves the others of its batch alone.
+                self._tally.count_failed(kind, error)
                 results.append(_encode_error(error, operation))
         answer = reply(WRITE, request.number, results)
         self._answered[request.session] = Answered(request.number, answer, now_s)

@@ -11,6 +11,7 @@ from fsm_ray import protocol
 from fsm_ray.errors import FsmRayError, TurnLost
 from fsm_ray.namespace.leases import Leases, TurnId
 from fsm_ray.protocol import GRANTS, TURN, Begin, CommitTurn, GrantsRequest, TurnRequest, reply
+from fsm_ray.tally import ShardTally
 
 _QUEUED = protocol.encode_result(value=False)
 
@@ -27,8 +28,9 @@ class _Listening:
 class Turns:
     """The turns of one shard. `read` gives the blob of a committed record, or NIL; `clock` counts seconds."""
 
-    def __init__(self, read: Callable[[bytes], bytes], clock: Callable[[], float]) -> None:
-        self.leases = Leases(clock, self._tell)
+    def __init__(self, read: Callable[[bytes], bytes], clock: Callable[[], float], tally: ShardTally) -> None:
+        self.leases = Leases(clock, self._tell, tally)
+        self._tally = tally
         self._read = read
         self._listening: dict[bytes, _Listening] = {}
         """By their session."""
@@ -41,12 +43,14 @@ class Turns:
         results = []
         for operation in request.operations:
             turn = (request.session, operation.turn)
+            self._tally.operations[type(operation)] += 1
             if type(operation) is not Begin:
                 results.append(protocol.encode_result(self.leases.end(turn)))
                 continue
             try:
                 is_granted = self.leases.begin(turn, operation.key, connection)
             except FsmRayError as error:
+                self._tally.count_failed(Begin, error)
                 results.append(protocol.encode_error(error, operation.key))
             else:
                 results.append(self._read(operation.key) if is_granted else _QUEUED)

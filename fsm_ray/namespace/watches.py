@@ -17,6 +17,7 @@ from fsm_ray.namespace.evaluation import Change
 from fsm_ray.namespace.scans import matches
 from fsm_ray.protocol import NIL, WATCH, WatchRequest, reply
 from fsm_ray.record import Front, Packer, head_of
+from fsm_ray.tally import ShardTally
 
 MAX_CHANGES = 32_768
 MAX_BYTES = 64 << 20
@@ -49,9 +50,10 @@ class _Waiting:
 class Watches:
     """The watches of one shard."""
 
-    def __init__(self, bot_name: str, packer: Packer, clock: Callable[[], float]) -> None:
+    def __init__(self, bot_name: str, packer: Packer, clock: Callable[[], float], tally: ShardTally) -> None:
         """`clock` counts seconds."""
         self._bot_name = bot_name
+        self._tally = tally
         self._packer = packer
         self._clock = clock
         self._ring: list[Change] = []
@@ -93,6 +95,7 @@ class Watches:
             error = Overloaded(
                 f"{MAX_WATCHES} watches of this shard are open: retry later", bot=self._bot_name
             )
+            self._tally.count_failed(WatchRequest, error)
             return reply(WATCH, request.number, [protocol.encode_error(error)])
         self._last_id += 1
         timer = asyncio.get_running_loop().call_later(request.wait_s, self._tell_nothing, self._last_id)

@@ -22,8 +22,16 @@ from fsm_ray.actor import NamespaceActor
 from fsm_ray.channel.client import BlockingConnection, addresses
 from fsm_ray.channel.frames import FrameTooLong
 from fsm_ray.channel.handshake import HandshakeFailed
-from fsm_ray.errors import FsmRayError, NamespaceUnavailable, ProtocolMismatch, StorageClosed, UnknownBot
+from fsm_ray.errors import (
+    FsmRayError,
+    NamespaceUnavailable,
+    OutcomeUnknown,
+    ProtocolMismatch,
+    StorageClosed,
+    UnknownBot,
+)
 from fsm_ray.protocol import (
+    GOOD_RESULTS,
     GRANTS,
     NO_TURN,
     READ_CONTENT,
@@ -38,6 +46,7 @@ from fsm_ray.protocol import (
 from fsm_ray.routing.directory import Directory, retry_delay_s
 from fsm_ray.routing.lanes import fitting
 from fsm_ray.routing.route import Addressed, Route
+from fsm_ray.tally import MEASURE_EVERY, now_ns
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +106,10 @@ class BlockingShard:
         """What the shard knows this thread's writes and turns by."""
         self._number = 0
         self._asked = 0
+        self._calls = 0
         self._last_turn = NO_TURN
         self._connection: Connection | None = None
+        self._tally = directory.metrics.tally(self, route.bot_name, shard)
         self._connections = 0
         self._pid = os.getpid()
         self.is_closed = False
@@ -153,7 +164,8 @@ class BlockingShard:
             NamespaceUnavailable: the shard gave no answer in time.
         """
         self._last_turn += 1
-        number, deadline = self._last_turn, time.monotonic() + timeout_s
+        number, began_ns = self._last_turn, now_ns()
+        deadline = time.monotonic() + timeout_s
         try:
             while True:
                 record = self._turn(protocol.begin_turn(number, key))
@@ -161,8 +173,10 @@ class BlockingShard:
                     return number, record
                 granted = self._wait_for_grant(number, deadline)
                 if granted is not None:
+                    self._tally.turn_wait_ns.add(now_ns() - began_ns)
                     return number, granted.record
-        except BaseException:
+        except BaseException as error:
+            self._tally.turns_given_up += isinstance(error, TimeoutError)
             self.end_turn(number)
             raise
 
@@ -230,7 +244,16 @@ class BlockingShard:
         self.close()
 
     def _call(self, kind: int, request: Callable[[bool], bytes]) -> Sequence[Any]:
+        self._calls += 1
+        began_ns = now_ns() if self._calls % MEASURE_EVERY == 1 else 0
         _, _, results = self._route.decoder.decode(self._exchange(kind, request))
+        if began_ns:
+            took_ns = now_ns() - began_ns
+            for _ in results:
+                self._tally.answer_ns[kind].add(took_ns)
+        for result in results:
+            if type(result) not in GOOD_RESULTS:
+                self._tally.failed[kind, type(protocol.error_of(result))] += 1
         return results
 
     def _exchange(self, kind: int, request: Callable[[bool], bytes]) -> bytes:
@@ -244,6 +267,7 @@ class BlockingShard:
             try:
                 connection = self._connection or self._open(deadline - time.monotonic(), attempt)
                 is_resend, was_sent = was_sent, True
+                self._tally.resends += is_resend
                 reply = connection.exchange(request(is_resend))
                 if attempt:
                     connection.set_timeout(self._timeout_s)
@@ -255,27 +279,34 @@ class BlockingShard:
                     trouble = (
                         "it is connected and silent" if isinstance(error, BlockingIOError) else str(error)
                     )
-                    raise self._route.too_late(
+                    too_late = self._route.too_late(
                         self._shard, self._timeout_s, trouble, outcome_unknown=unknown
-                    ) from error
+                    )
+                    self._tally.given_up[kind, type(too_late)] += 1
+                    raise too_late from error
                 logger.info("shard %d of bot %r: %s", self._shard, self._route.bot_name, error)
+                self._tally.retries += 1
                 time.sleep(min(retry_delay_s(attempt), left_s))
                 attempt += 1
             except (UnknownBot, ProtocolMismatch) as error:
-                self._leave(error, is_write_under_way=was_sent and kind == WRITE)
+                self._leave(error, kind, was_sent=was_sent)
                 raise
-            except BaseException:
+            except BaseException as error:
                 # An interrupt, say: the reply may still come, and must not pass for that of the next request.
                 self.close()
+                if isinstance(error, FsmRayError):
+                    self._tally.given_up[kind, type(error)] += 1
                 raise
             else:
                 return reply
 
-    def _leave(self, error: UnknownBot | ProtocolMismatch, *, is_write_under_way: bool) -> None:
+    def _leave(self, error: UnknownBot | ProtocolMismatch, kind: int, *, was_sent: bool) -> None:
         """Forget the bot: it is gone, or another one. Raises OutcomeUnknown if that leaves a write open."""
         self.close()
         self._on_gone()
-        if is_write_under_way and isinstance(error, ProtocolMismatch):
+        is_open = was_sent and kind == WRITE and isinstance(error, ProtocolMismatch)
+        self._tally.given_up[kind, OutcomeUnknown if is_open else type(error)] += 1
+        if is_open:
             raise self._route.outcome_unknown(str(error)) from error
 
     def _open(self, timeout_s: float, attempt: int) -> Connection:
@@ -295,10 +326,12 @@ class BlockingShard:
                 except (OSError, FrameTooLong, HandshakeFailed) as error:
                     logger.info("no connection to %s: %s", address, error)
                 else:
+                    self._tally.connections += 1
                     return self._connection
             if attempt == 0:
                 raise NamespaceUnavailable(f"shard {self._shard} of bot {bot_name!r} is not where it was")
         self._connection = BlockingRayCall(self._directory.handle(bot_name, self._shard), timeout_s)
+        self._tally.connections += 1
         return self._connection
 
     def _closed(self) -> StorageClosed:

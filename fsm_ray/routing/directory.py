@@ -32,6 +32,7 @@ from fsm_ray.errors import (
     ProtocolMismatch,
     RayUnreachable,
 )
+from fsm_ray.metrics.client import ClientMetrics
 from fsm_ray.notes import Version, find_mark
 from fsm_ray.options import BotOptions, check_bot_name, whereabouts
 from fsm_ray.upgrade import ReplacedShard, upgrade_shards
@@ -150,6 +151,7 @@ class Directory:
         self._lock = threading.Lock()
         self._options: dict[str, BotOptions] = {}
         self._endpoints: dict[tuple[str, int], Endpoint] = {}
+        self.metrics = ClientMetrics()
 
     def init(self, bot_name: str, options: BotOptions) -> None:
         """See `Storage.init`. The shards' endpoints are known afterwards."""

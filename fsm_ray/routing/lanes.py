@@ -14,6 +14,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from time import monotonic
 from typing import Any, Protocol
 
 from fsm_ray import protocol
@@ -29,6 +30,7 @@ from fsm_ray.protocol import (
     turn_request,
     write_request,
 )
+from fsm_ray.tally import MEASURE_EVERY, ClientTally, add_waits
 
 _ENOUGH = 8
 """Operations that are sent without waiting for more, if none are under way: client and shard then work at the
@@ -60,7 +62,7 @@ class _Session:
 
 
 class _Request:
-    """Operations under way, futures of their results, and the loop's times of their calls, in order."""
+    """Operations under way, futures of their results, and when they were called, in order."""
 
     __slots__ = ("called_at", "futures", "operations", "session")
 
@@ -94,6 +96,7 @@ class Lane:
         max_operations: int = MAX_OPERATIONS,
         is_committing: bool = False,
         on_silence: Callable[[], None] = lambda: None,
+        tally: ClientTally | None = None,
     ) -> None:
         """Make an idle lane without a connection.
 
@@ -106,11 +109,14 @@ class Lane:
             is_committing: whether the shard commits these requests, which takes longer than all else. Then
                 a request carries all that waits, and one may wait at the shard while another is committed.
             on_silence: called when a request got no answer in time.
+            tally: what to count in.
         """
         self._kind = kind
+        self._tally = tally or ClientTally()
         self._loop = asyncio.get_running_loop()
         self._make_future = functools.partial(asyncio.Future, loop=self._loop)
-        self._now = self._loop.time
+        # Not the loop's time: that of uvloop counts milliseconds, and latencies are less than one.
+        self._now = monotonic
         self._timeout_s = timeout_s
         self._wake = wake
         self._too_late = too_late
@@ -120,7 +126,7 @@ class Lane:
         self._free_sessions = [_Session() for _ in range(2 if is_committing else 1)]
         self.session_id = self._free_sessions[0].id
         """What the shard knows this lane by, if it has one session."""
-        # What waits: operations, futures of their results, and the loop's times of their calls.
+        # What waits: operations, futures of their results, and when they were called.
         self._operations: list[bytes] = []
         self._futures: list[asyncio.Future[Any]] = []
         self._called_at: list[float] = []
@@ -177,6 +183,7 @@ class Lane:
     def connected(self, connection: Connection) -> None:
         """Go on over this connection: first with what was under way on the last one, then with the rest."""
         self._send = connection.send
+        self._tally.resends += len(self._under_way)
         for request in self._under_way:
             self._send(self._frame(request, is_resend=True))
         self._flush()
@@ -201,12 +208,16 @@ class Lane:
             self._flush()
         else:
             self._is_idle = self._send is not None
+        if number % MEASURE_EVERY == 1:
+            add_waits(self._tally.answer_ns[self._kind], request.called_at, self._now())
         for future, result in zip(futures, results, strict=True):
             try:
                 if type(result) in GOOD_RESULTS:
                     future.set_result(result)
                 else:
-                    future.set_exception(protocol.error_of(result))
+                    error = protocol.error_of(result)
+                    self._tally.failed[self._kind, type(error)] += 1
+                    future.set_exception(error)
             except asyncio.InvalidStateError:
                 pass  # cancelled by its caller
 
@@ -218,10 +229,10 @@ class Lane:
         under_way, self._under_way = self._under_way, []
         for request in under_way:
             self._free_sessions.append(request.session)
-            _fail(request.futures, of_under_way)
+            self._give_up(request.futures, of_under_way)
         waiting = self._futures
         self._operations, self._futures, self._called_at = [], [], []
-        _fail(waiting, error)
+        self._give_up(waiting, error)
 
     def close(self) -> None:
         self._send = None
@@ -288,7 +299,7 @@ class Lane:
     def _arm(self) -> None:
         oldest = self._under_way[0].called_at if self._under_way else self._called_at
         if self._timer is None and oldest:
-            self._timer = self._loop.call_at(oldest[0] + self._timeout_s, self._expire)
+            self._timer = self._loop.call_later(oldest[0] + self._timeout_s - self._now(), self._expire)
 
     def _expire(self) -> None:
         self._timer = None
@@ -298,23 +309,24 @@ class Lane:
             # Later ones of this request are given up with the first: a request has one outcome.
             request = self._under_way.pop(0)
             self._free_sessions.append(request.session)
-            _fail(request.futures, lambda: self._too_late(outcome_unknown=self._kind == WRITE))
+            self._give_up(request.futures, lambda: self._too_late(outcome_unknown=self._kind == WRITE))
             is_silent = True
         if is_silent:
             self._on_silence()
         overdue = bisect.bisect_right(self._called_at, horizon)
         futures = self._futures[:overdue]
         del self._operations[:overdue], self._futures[:overdue], self._called_at[:overdue]
-        _fail(futures, lambda: self._too_late(outcome_unknown=False))
+        self._give_up(futures, lambda: self._too_late(outcome_unknown=False))
         if not self._is_idle:
             self._flush()
         self._arm()
 
-
-def _fail(futures: list[asyncio.Future[Any]], error: Callable[[], FsmRayError]) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_exception(error())
+    def _give_up(self, futures: list[asyncio.Future[Any]], error: Callable[[], FsmRayError]) -> None:
+        for future in futures:
+            if not future.done():
+                reason = error()
+                self._tally.given_up[self._kind, type(reason)] += 1
+                future.set_exception(reason)
 
 
 def fitting(operations: list[bytes]) -> int:

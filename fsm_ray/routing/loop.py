@@ -108,6 +108,7 @@ class Shard:
         self._useless = 0
         """Connections, one after another, that were lost before the oldest requests were answered."""
         self._oldest_requests: list[int | None] = []
+        self._tally = directory.metrics.tally(self, route.bot_name, shard)
         self.lanes = [
             Lane(
                 kind,
@@ -117,11 +118,12 @@ class Shard:
                 max_operations=route.max_operations,
                 is_committing=kind == WRITE and route.options.store_scheme != "memory",
                 on_silence=self._hang_up,
+                tally=self._tally,
             )
             for kind in (WRITE, READ_CONTENT, READ_RECORD, TURN)
         ]
         self.asking = Asking(self._connect, self._too_late, self._hang_up)
-        self.turns = LoopTurns(self.lanes[TURN], self.asking, timeout_s)
+        self.turns = LoopTurns(self.lanes[TURN], self.asking, timeout_s, self._tally)
 
     def close(self) -> None:
         """End the connection. Operations that wait go on waiting until `fail`."""
@@ -159,9 +161,11 @@ class Shard:
                 except NamespaceUnavailable as error:
                     self._trouble = str(error)
                     logger.info("shard %d of bot %r: %s", self._shard, self._route.bot_name, error)
+                    self._tally.retries += 1
                     await asyncio.sleep(retry_delay_s(attempt))
                     attempt += 1
                 else:
+                    self._tally.connections += 1
                     self._trouble = "it is connected and silent"
                     for lane in self.lanes:
                         lane.connected(self._connection)

@@ -14,6 +14,7 @@ from fsm_ray.namespace.leases import LEASE_S
 from fsm_ray.protocol import NO_TURN, Grant, RecordView, grants_request
 from fsm_ray.routing.asking import Asking
 from fsm_ray.routing.lanes import Lane
+from fsm_ray.tally import ClientTally, now_ns
 
 SIGN_OF_LIFE_S = LEASE_S / 3
 """How often a shard hears of a client that has turns."""
@@ -22,8 +23,11 @@ SIGN_OF_LIFE_S = LEASE_S / 3
 class LoopTurns:
     """Begins and ends turns. Those that wait begin again over a new connection, at the end of the queue."""
 
-    def __init__(self, lane: Lane, asking: Asking, timeout_s: float) -> None:
+    def __init__(
+        self, lane: Lane, asking: Asking, timeout_s: float, tally: ClientTally | None = None
+    ) -> None:
         """`timeout_s`: how long the shard may take to answer what it can answer at once."""
+        self._tally = tally or ClientTally()
         self._lane = lane
         self._asking = asking
         self._timeout_s = timeout_s
@@ -114,9 +118,16 @@ class LoopTurns:
         self._waiting[number] = (key, granted)
         if self._listening is None:
             self._listening = self._loop.create_task(self._listen())
+        began_ns = now_ns()
         try:
             async with asyncio.timeout(timeout_s):
-                return await granted
+                record = await granted
+        except TimeoutError:
+            self._tally.turns_given_up += 1
+            raise
+        else:
+            self._tally.turn_wait_ns.add(now_ns() - began_ns)
+            return record
         finally:
             del self._waiting[number]
 

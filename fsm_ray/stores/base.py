@@ -369,8 +369,18 @@ class OwnedStore(Store):
             )
             if await self._replace_owner(last_epoch, owner.epoch, encode_owner(owner)):
                 self.owner = owner
+                if last is not None and not is_own:
+                    self._tell_of(last)
                 return owner
             # Somebody else was faster; the last one to open a store is its owner.
+
+    def _tell_of(self, last: Owner) -> None:
+        """Log from whom the store was taken over, unless that one closed it."""
+        if last.process != NOBODY:
+            level, what = (
+                (logging.INFO, "has ended") if last.is_over else (logging.WARNING, "may still run elsewhere")
+            )
+            logger.log(level, "%s: took over from its last owner, which %s", self.name, what)
 
     def _unwaited_s(self, last: Owner | None, *, is_own: bool) -> float:
         """How long the last owner, or one before it that it had not waited for, may still answer reads."""

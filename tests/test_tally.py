@@ -1,0 +1,192 @@
+"""Tallies: what is counted on the hot path, and whether it says what happened."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fsm_ray import errors, protocol
+from fsm_ray.codec import encode_key
+from fsm_ray.errors import FsmRayError, Overloaded, VersionConflict
+from fsm_ray.namespace import Namespace
+from fsm_ray.options import BotOptions
+from fsm_ray.protocol import READ_CONTENT, SCAN, WRITE, Clear, ReadContent, SetRecord
+from fsm_ray.stores.base import Contents
+from fsm_ray.stores.memory import MemoryStore
+from fsm_ray.tally import (
+    MEASURE_EVERY,
+    OK,
+    OPERATIONS,
+    OUTCOMES,
+    ClientTally,
+    ShardTally,
+    Spread,
+    add_waits,
+    outcome_of,
+)
+
+from .test_namespace import FakeStore, set_record
+
+ANN, BOB = encode_key("ann"), encode_key("bob")
+
+WAITS_S = st.lists(st.integers(0, 10**11).map(lambda ns: ns / 1e9), min_size=1, max_size=50)
+
+
+def write(number: int, *operations: bytes, session: bytes = bytes(16), is_resend: bool = False) -> bytes:
+    return protocol.write_request(number, operations, session, is_resend=is_resend)[4:]
+
+
+def a_shard(tally: ShardTally) -> Namespace:
+    return Namespace("my_bot", BotOptions(), MemoryStore(), Contents(version=0), tally=tally)
+
+
+def ignore(_reply: bytes) -> None: ...
+
+
+@given(st.lists(st.integers(0, 2**40)))
+def test_a_spread_counts_each_number_once_below_the_power_of_two_above_it(numbers: list[int]) -> None:
+    spread = Spread()
+    for number in numbers:
+        spread.add(number)
+
+    assert (len(spread), spread.total) == (len(numbers), sum(numbers))
+    for bits in range(42):
+        assert sum(spread.counts[: bits + 1]) == sum(number < 2**bits for number in numbers)
+
+
+@given(WAITS_S)
+def test_waits_that_are_counted_together_are_counted_as_each_by_itself(waits_s: list[float]) -> None:
+    now_s = 1e6
+    since_s = sorted(now_s - wait_s for wait_s in waits_s)
+    together, each = Spread(), Spread()
+
+    add_waits(together, since_s, now_s)
+    for moment_s in since_s:
+        each.add(int((now_s - moment_s) * 1e9))
+
+    assert len(together) == len(each)
+    assert together.total == pytest.approx(each.total, abs=len(since_s) * 1000)
+    for bits in range(1, 40):
+        # A wait at the very edge of a bucket may fall to either side of it, as floats have it.
+        at_edge = sum(abs((now_s - moment_s) * 1e9 - 2**bits) < 2 for moment_s in since_s)
+        more = sum(together.counts[:bits]) - sum(each.counts[:bits])
+        assert abs(more) <= at_edge + sum(abs((now_s - s) * 1e9 - 2 ** (bits - 1)) < 2 for s in since_s)
+
+
+def test_every_error_has_an_outcome_and_there_are_few() -> None:
+    kinds = [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, FsmRayError)
+    ]
+
+    assert {outcome_of(kind) for kind in kinds} == set(OUTCOMES) - {OK}
+    assert len(OUTCOMES) <= 10
+
+
+def test_every_operation_of_the_protocol_has_a_name() -> None:
+    asked = {*get_args(protocol.Write), protocol.Begin, protocol.End}
+    of_many = {each for each in get_args(protocol.requests.Request) if not hasattr(each, "session")}
+
+    assert asked | of_many == set(OPERATIONS)
+    assert len(set(OPERATIONS.values())) == len(OPERATIONS)
+
+
+def test_operations_are_counted_by_kind_and_the_failed_ones_by_error() -> None:
+    tally = ShardTally()
+    shard = a_shard(tally)
+
+    shard.handle(
+        write(1, set_record(ANN), set_record(BOB, expected_version=7), protocol.clear(ANN, None)), ignore
+    )
+    shard.handle(protocol.read_request(READ_CONTENT, 1, [protocol.read(ANN)] * 5)[4:], ignore)
+
+    assert (tally.operations[SetRecord], tally.operations[Clear], tally.operations[ReadContent]) == (2, 1, 5)
+    assert tally.failed == {(SetRecord, VersionConflict): 1}
+    assert shard.statistics().operations == 8
+
+
+def test_the_first_of_every_sixteen_requests_is_measured() -> None:
+    tally = ShardTally()
+    shard = a_shard(tally)
+
+    for number in range(1, 2 * MEASURE_EVERY + 1):
+        shard.handle(write(number, set_record(ANN), set_record(BOB)), ignore)
+
+    assert (len(tally.request_ns[WRITE]), len(tally.batch[WRITE]), tally.batch[WRITE].total) == (2, 2, 4)
+    assert tally.request_ns[WRITE].total > 0
+    assert tally.operations[SetRecord] == 4 * MEASURE_EVERY
+
+
+def test_scans_are_all_measured() -> None:
+    tally = ShardTally()
+    request = protocol.count_request(2)[4:]
+
+    a_shard(tally).handle(request, ignore)
+
+    assert len(tally.request_ns[protocol.COUNT]) == 1
+    assert len(tally.request_ns[SCAN]) == 0
+
+
+def test_a_write_that_is_sent_again_is_told_from_a_new_one() -> None:
+    tally = ShardTally()
+    shard = a_shard(tally)
+
+    shard.handle(write(1, set_record(ANN)), ignore)
+    shard.handle(write(1, set_record(ANN), is_resend=True), ignore)
+
+    assert (tally.operations[SetRecord], tally.answered_again) == (1, 1)
+
+
+async def test_a_commit_is_timed_until_the_store_has_it_and_its_writes_until_they_are_answered() -> None:
+    tally = ShardTally()
+    store = FakeStore(asyncio.get_running_loop())
+    shard = Namespace("my_bot", BotOptions(), store, await store.open(), tally=tally)
+    replies: list[bytes] = []
+
+    shard.handle(write(1, set_record(ANN), set_record(BOB)), replies.append)
+    before = len(tally.commit_ns), len(tally.request_ns[WRITE])
+    store.done()
+    await asyncio.sleep(0)
+
+    assert before == (0, 0)
+    assert len(replies) == 1
+    assert (len(tally.commit_ns), tally.commit_operations.total) == (1, 2)
+    assert tally.request_ns[WRITE].total >= tally.commit_ns.total > 0
+
+
+async def test_a_commit_that_fails_is_counted() -> None:
+    tally = ShardTally()
+    store = FakeStore(asyncio.get_running_loop())
+    shard = Namespace("my_bot", BotOptions(), store, await store.open(), tally=tally)
+
+    shard.handle(write(1, set_record(ANN)), ignore)
+    store.done(OSError("disk full"))
+    await asyncio.sleep(0)
+
+    assert (tally.commits_failed, len(tally.commit_ns)) == (1, 0)
+
+
+def test_tallies_of_several_threads_add_up() -> None:
+    first, second = ClientTally(), ClientTally()
+    for tally, retries in ((first, 2), (second, 3)):
+        tally.retries = retries
+        tally.failed[WRITE, VersionConflict] += retries
+        tally.given_up[WRITE, Overloaded] += 1
+        tally.answer_ns[WRITE].add(1000)
+        tally.turn_wait_ns.add(5)
+
+    first.merge(second)
+
+    assert (first.retries, first.failed[WRITE, VersionConflict], first.given_up[WRITE, Overloaded]) == (
+        5,
+        5,
+        2,
+    )
+    assert (len(first.answer_ns[WRITE]), first.answer_ns[WRITE].total, len(first.turn_wait_ns)) == (
+        2,
+        2000,
+        2,
+    )
