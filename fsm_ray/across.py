@@ -307,7 +307,7 @@ def _check_by(by: object) -> None:
 def _sum(replies: Iterable[Sequence[Counted]], by: By) -> int | dict[Any, int]:
     counts: Counter[Any] = Counter()
     for counted in replies:
-        for each in counted:
+        for each in map(good, counted):
             counts[each.flow if by == "flow" else (each.flow, each.state)] += each.count
     return counts.total() if by is None else dict(counts)
 

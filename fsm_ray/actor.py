@@ -32,6 +32,7 @@ from fsm_ray.errors import (
     NamespaceUnavailable,
     NotOwner,
     OptionsConflict,
+    Overloaded,
     StoreCorrupted,
     UnknownBot,
 )
@@ -64,6 +65,12 @@ ACTOR_OPTIONS: dict[str, Any] = {
 }
 """What `ray.remote(...).options` gets for every shard, beside its name."""
 
+
+MAX_EXCHANGES = 4_096
+"""Requests by Ray calls that are under way; past it, further ones are refused. Ray lets in more calls, among
+them those by which clients connect."""
+
+_EVERYWHERE = ("0.0.0.0", "::", "")  # noqa: S104  # compared with, not listened to
 
 _OPENING_PATIENCE_S = 2.0
 """How long a caller waits for a store to be opened and loaded before it is told so, and asks again."""
@@ -141,7 +148,7 @@ class NamespaceActor:
         self._listening = asyncio.Lock()
         self._server: Server | None = None
         self._endpoint: Endpoint | None = None
-        note_version(bot_name, shard, ray.get_runtime_context().get_actor_id() or "")
+        note_version(bot_name, shard, _own_id())
 
     async def options(self) -> BotOptions:
         return self._options
@@ -166,8 +173,10 @@ class NamespaceActor:
             if self._server is None or self._endpoint is None:
                 self._server, self._endpoint = await self._listen(namespace)
             if self._endpoint.tcp_address is None and node_id != self._endpoint.node_id:
-                host = self._options.listen_host or ray.util.get_node_ip_address()
-                address = await self._server.listen_tcp(host)
+                node_address = ray.util.get_node_ip_address()
+                host, port = await self._server.listen_tcp(self._options.listen_host or node_address)
+                # Who listens everywhere is found at the node's own address.
+                address = (node_address if host in _EVERYWHERE else host, port)
                 self._endpoint = dataclasses.replace(self._endpoint, tcp_address=address)
             return self._endpoint
 
@@ -180,6 +189,8 @@ class NamespaceActor:
             NamespaceUnavailable: the namespace stopped, before or while it worked on the request: ask again.
         """
         namespace = await self._opened()
+        if len(self._exchanges) >= MAX_EXCHANGES:
+            return self._refuse(namespace, request)
         committed: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._exchanges.add(committed)
         try:
@@ -192,6 +203,14 @@ class NamespaceActor:
             raise self._unavailable("it has just stopped") from error
         finally:
             self._exchanges.discard(committed)
+
+    def _refuse(self, namespace: Namespace, request: bytes) -> bytes:
+        why = f"{MAX_EXCHANGES} Ray calls to it are under way"
+        error = Overloaded(f"{self._name}: {why}: nothing was changed, retry later", bot=self._bot_name)
+        refusal = namespace.refuse(request[4:], error)
+        if refusal is None:
+            raise self._unavailable(why)
+        return refusal
 
     async def describe(self) -> ShardDescription:
         namespace = await self._opened()
@@ -640,6 +659,11 @@ def _prefer_this_thread() -> None:
 def _shown(value: Any) -> Any:
     """An option's value, without the password if it is a URL."""
     return redacted(value) if isinstance(value, str) else value
+
+
+def _own_id() -> str:
+    """This actor's id at Ray."""
+    return ray.get_runtime_context().get_actor_id() or ""
 
 
 def _was_restarted() -> bool:

@@ -261,7 +261,7 @@ class NotOwner(NamespaceUnavailable):
 
 
 class Overloaded(NamespaceUnavailable):
-    """Raised when a shard has reached a bound of what it will remember or queue; nothing was changed."""
+    """Raised when a shard or this process has reached a bound of what it queues; nothing was changed."""
 
 
 class TurnTimeout(NamespaceUnavailable):

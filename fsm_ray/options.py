@@ -69,7 +69,10 @@ class BotOptions(BaseModel):
     """Whether values that only pickle can carry are accepted; if not, none is written and none is decoded."""
 
     listen_host: str | None = None
-    """Where shards listen for workers of other nodes; `None`: the address that Ray uses for the node."""
+    """Where shards listen for workers of other nodes; `None`: the address that Ray uses for the node.
+
+    `"0.0.0.0"` or `"::"`: everywhere; workers connect to the address that Ray uses.
+    """
 
     ownership_lease_s: float = Field(default=5.0, ge=0.2, le=300.0)
     """For how long a shard answers reads without hearing from a store that others could open.

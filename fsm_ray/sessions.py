@@ -18,6 +18,15 @@ SESSION_IDLE_S = 600.0
 MAX_SESSIONS = 65_536
 """Sessions that one shard remembers; past it, new sessions are refused until old ones have aged."""
 
+LARGE_REPLY_BYTES = 1 << 12
+"""A reply so small is remembered as long as its session: their number bounds them."""
+
+MAX_LARGE_BYTES = 128 << 20
+"""Of larger replies; past it, the oldest are forgotten, and who resends such a write is told so."""
+
+_FORGOTTEN = b""
+"""What stands for a reply that was forgotten."""
+
 
 class Sessions:
     """The sessions of one shard.
@@ -34,6 +43,12 @@ class Sessions:
         self._has_forgotten = bool(answered)
         self._look_again_s = 0.0
         self._forgotten: set[bytes] = set()
+        self._large: dict[bytes, int] = {}
+        """Sessions that may have a large reply, and its size; the one that got it first comes first."""
+        self._large_bytes = 0
+        for session, last in answered.items():
+            if len(last.reply) > LARGE_REPLY_BYTES:
+                self.keep_large(session, len(last.reply))
 
     def __len__(self) -> int:
         return len(self.answered)
@@ -60,13 +75,29 @@ class Sessions:
             return None
         if number > last.number:
             return None
-        if number == last.number:
+        if number == last.number and last.reply != _FORGOTTEN:
             return last.reply
+        if number == last.number:
+            raise OutcomeUnknown(
+                "the write was sent again after its large answer was forgotten: read, then decide"
+            )
         raise OutcomeUnknown(f"write {number} was sent again after write {last.number} of its session")
 
     def remember(self, answered: Mapping[bytes, Answered]) -> None:
         """Take over the answers of a commit."""
         self.answered.update(answered)
+
+    def keep_large(self, session: bytes, size: int) -> None:
+        """Take note that the session has a large reply, or is about to; forget older ones if need be."""
+        self._large_bytes += size - self._large.pop(session, 0)
+        self._large[session] = size
+        while self._large_bytes > MAX_LARGE_BYTES and len(self._large) > 1:
+            oldest = next(iter(self._large))
+            self._large_bytes -= self._large.pop(oldest)
+            last = self.answered.get(oldest)
+            # It may have got a small one since.
+            if last is not None and len(last.reply) > LARGE_REPLY_BYTES:
+                self.answered[oldest] = Answered(last.number, _FORGOTTEN, last.at_s)
 
     def take_forgotten(self, answered: Mapping[bytes, Answered]) -> set[bytes]:
         """The sessions that were forgotten since the last commit, without those that wrote again."""
@@ -92,6 +123,7 @@ class Sessions:
         old = [each for each, last in self.answered.items() if last.at_s <= now_s - SESSION_IDLE_S]
         for session in old:
             del self.answered[session]
+            self._large_bytes -= self._large.pop(session, 0)
         self._has_forgotten |= bool(old)
         if self._is_durable:
             self._forgotten.update(old)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import time
@@ -15,7 +16,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from fsm_ray import Storage
+from fsm_ray import Storage, actor
 from fsm_ray.errors import UnknownBot, ValueNotDecodable
 
 DEADLINE_S = 60.0
@@ -24,6 +25,7 @@ DEADLINE_S = 60.0
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--chaos-seconds", type=float, default=0.0, help="how long each fault test goes on")
     parser.addoption("--chaos-seed", type=int, help="the seed that a fault test printed")
+    parser.addoption("--soak-seconds", type=float, default=600.0, help="how long the soak goes on")
 
 
 def pytest_configure() -> None:
@@ -49,7 +51,11 @@ SLOWEST_FIRST = (
 """Files that take the longest: begun late, they would keep one worker busy while the others have none."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "soak" not in config.getoption("-m"):
+        soaks = [item for item in items if item.get_closest_marker("soak")]
+        items[:] = [item for item in items if item not in soaks]
+        config.hook.pytest_deselected(items=soaks)
     order = {name: number for number, name in enumerate(SLOWEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
@@ -77,6 +83,21 @@ def cluster() -> Iterator[RayCluster]:
     finally:
         ray.shutdown()
         nodes.shutdown()
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an actor's class be used in this process, which is no actor's."""
+    for name, stand_in in {
+        "_was_restarted": lambda: False,
+        "_prefer_this_thread": lambda: None,
+        "_own_id": lambda: "",
+        "_node_id": lambda: "",
+        "note_version": lambda *_: None,
+        "remove_version": lambda *_: None,
+    }.items():
+        monkeypatch.setattr(actor, name, stand_in)
+    monkeypatch.setattr(gc, "freeze", lambda: None)
 
 
 @pytest.fixture

@@ -118,6 +118,7 @@ class Peer:
     """A socket that speaks the channel by hand, and may break its rules."""
 
     def __init__(self, address: Address) -> None:
+        self.transport = handshake.UNIX if isinstance(address, str) else handshake.TCP
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         self.socket = socket.socket(family, socket.SOCK_STREAM)
         self.socket.settimeout(DEADLINE_S)
@@ -145,7 +146,7 @@ class Peer:
 
     def shake_hands(self, secret: bytes) -> bytes:
         """Prove the secret, and return the frame that did."""
-        response, expected = handshake.respond(secret, self.receive())
+        response, expected = handshake.respond(secret, self.receive(), self.transport)
         self.send(frame(response))
         assert self.receive() == expected
         return frame(response)
@@ -495,7 +496,7 @@ class TestExchange:
     def test_a_request_that_comes_together_with_the_proof_is_answered(
         self, running: RunningServer, peer: Peer
     ) -> None:
-        response, expected = handshake.respond(running.secret, peer.receive())
+        response, expected = handshake.respond(running.secret, peer.receive(), peer.transport)
         peer.send(frame(response) + frame(b"hello"))
 
         assert [peer.receive(), peer.receive()] == [expected, b"hello"]
@@ -544,7 +545,7 @@ class TestHandshake:
     def test_a_wrong_proof_ends_the_connection_with_one_line_in_the_log(
         self, running: RunningServer, peer: Peer, caplog: pytest.LogCaptureFixture
     ) -> None:
-        response, _ = handshake.respond(SECRET, peer.receive())
+        response, _ = handshake.respond(SECRET, peer.receive(), peer.transport)
         peer.send(frame(response) + frame(b"request") * 3)
         peer.wait_for_end()
 
@@ -557,7 +558,7 @@ class TestHandshake:
     def test_a_proof_of_another_length_is_refused(
         self, running: RunningServer, peer: Peer, change: int
     ) -> None:
-        response, _ = handshake.respond(running.secret, peer.receive())
+        response, _ = handshake.respond(running.secret, peer.receive(), peer.transport)
         peer.send(frame(response[:change] if change < 0 else response + b"\x00" * change))
         peer.wait_for_end()
         running.until(lambda: not running.server.connections)
@@ -587,16 +588,16 @@ class TestHandshake:
 
     def test_the_proof_of_a_server_is_none_of_a_client(self) -> None:
         challenge = handshake.challenge()
-        response, servers_proof = handshake.respond(SECRET, challenge)
+        response, servers_proof = handshake.respond(SECRET, challenge, handshake.TCP)
 
         with pytest.raises(HandshakeFailed):
-            handshake.verify(SECRET, challenge, response[:32] + servers_proof)
+            handshake.verify(SECRET, challenge, response[:32] + servers_proof, handshake.TCP)
 
     def test_the_server_proves_the_secret_to_who_proved_it(self) -> None:
         challenge = handshake.challenge()
-        response, expected = handshake.respond(SECRET, challenge)
+        response, expected = handshake.respond(SECRET, challenge, handshake.TCP)
 
-        assert handshake.verify(SECRET, challenge, response) == expected
+        assert handshake.verify(SECRET, challenge, response, handshake.TCP) == expected
 
     def test_the_secret_is_not_in_the_representation_of_an_endpoint(self) -> None:
         endpoint = Endpoint(BotOptions(), "node", "/socket", None, b"very secret")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import uuid
 from collections.abc import Callable, Iterator
@@ -198,14 +197,6 @@ def marked_requests() -> Iterator[bytes]:
     yield good[:-3]
     yield good.replace(MARKER.encode(), b"\xff" + MARKER.encode()[1:])
     yield MARKER.encode()
-
-
-@pytest.fixture
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let an actor's class be used in this process, which is no actor's."""
-    monkeypatch.setattr(actor, "_was_restarted", lambda: False)
-    monkeypatch.setattr(actor, "_prefer_this_thread", lambda: None)
-    monkeypatch.setattr(gc, "freeze", lambda: None)
 
 
 @pytest.mark.parametrize("scheme", ["memory", "rocksdb", "file"])

@@ -28,6 +28,12 @@ class FrameProtocol(asyncio.Protocol):
         """Take note that the peer breaks the rules; nothing more of this stream is read."""
         raise NotImplementedError
 
+    def left_over(self, length: int, *, is_next: bool) -> None:
+        """Take note of the unfinished frame at the end of what came: its length; 0: there is none.
+
+        `is_next`: whether frames before it were handed out now. Not called when one whole frame came.
+        """
+
     def hold(self) -> None:
         """Hand out no more frames until `go_on`; what arrives is kept."""
         self._is_held = True
@@ -58,7 +64,7 @@ class FrameProtocol(asyncio.Protocol):
                 self._is_cutting = False
 
     def _hand_out(self) -> None:
-        start, end = 0, len(self._partial)
+        start, end, unfinished = 0, len(self._partial), 0
         while end - start >= 4 and not self._is_held:  # noqa: PLR2004  # bytes of the length
             length = int.from_bytes(self._partial[start : start + 4], "little")
             if length > self.max_frame_bytes:
@@ -68,8 +74,12 @@ class FrameProtocol(asyncio.Protocol):
                 )
                 return
             if end - start - 4 < length:
+                unfinished = length
                 break
             body = bytes(self._partial[start + 4 : start + 4 + length])
             start += 4 + length
             self.frame_received(body)
+        if end > start and not (unfinished or self._is_held):
+            unfinished = 4  # not even its length is there
         del self._partial[:start]
+        self.left_over(unfinished, is_next=start > 0)

@@ -1,10 +1,11 @@
 """Handshake: both sides prove that they know the shard's secret, which only a Ray call can fetch.
 
     server   magic, protocol version (2 bytes), 32 random bytes
-    client   32 random bytes, HMAC(secret, "client", both randoms)
-    server   HMAC(secret, "server", both randoms)
+    client   32 random bytes, HMAC(secret, "client", transport, all that the server sent, the client's random)
+    server   HMAC(secret, "server", the same)
 
-Each is one frame. A proof is worth nothing on another connection, for both randoms are in it.
+Each is one frame. A proof is worth nothing on another connection, for both randoms are in it; nor where
+somebody changed the version under way, or took the client to another kind of transport than the server has.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ MAX_HANDSHAKE_BYTES = 128
 """The longest frame that is read from a peer who has not proved anything yet."""
 
 HANDSHAKE_TIMEOUT_S = 5.0
+
+UNIX = b"unix"
+TCP = b"tcp"
+"""Transports, as they are in a proof; the one of `tls` holds the server's certificate."""
 
 _MAGIC = b"fsm_ray"
 _RANDOM_BYTES = 32
@@ -51,7 +56,7 @@ def challenge() -> bytes:
     return _MAGIC + PROTOCOL_VERSION.to_bytes(2, "big") + secrets.token_bytes(_RANDOM_BYTES)
 
 
-def respond(secret: bytes, challenge: bytes) -> tuple[bytes, bytes]:
+def respond(secret: bytes, challenge: bytes, transport: bytes) -> tuple[bytes, bytes]:
     """The client's answer to a challenge, and the proof that it must get back.
 
     Raises:
@@ -61,20 +66,27 @@ def respond(secret: bytes, challenge: bytes) -> tuple[bytes, bytes]:
     if len(challenge) < _HEAD_BYTES or not challenge.startswith(_MAGIC):
         raise HandshakeFailed("what listens there is no fsm_ray shard")
     check_protocol_version(int.from_bytes(challenge[len(_MAGIC) : _HEAD_BYTES], "big"))
-    both = challenge[_HEAD_BYTES:] + (nonce := secrets.token_bytes(_RANDOM_BYTES))
-    return nonce + _proof(secret, b"client", both), _proof(secret, b"server", both)
+    if len(challenge) != _HEAD_BYTES + _RANDOM_BYTES:
+        raise HandshakeFailed("what listens there is no fsm_ray shard")
+    said = challenge + (nonce := secrets.token_bytes(_RANDOM_BYTES))
+    return nonce + _proof(secret, b"client", transport, said), _proof(secret, b"server", transport, said)
 
 
-def verify(secret: bytes, challenge: bytes, response: bytes) -> bytes:
+def verify(secret: bytes, challenge: bytes, response: bytes, transport: bytes) -> bytes:
     """The server's own proof, for a client whose answer is right.
 
     Raises:
         HandshakeFailed: it is not.
     """
-    both = challenge[_HEAD_BYTES:] + response[:_RANDOM_BYTES]
-    if not hmac.compare_digest(response[_RANDOM_BYTES:], _proof(secret, b"client", both)):
+    said = challenge + response[:_RANDOM_BYTES]
+    if not is_proof(response[_RANDOM_BYTES:], _proof(secret, b"client", transport, said)):
         raise HandshakeFailed("the peer does not know this shard's secret")
-    return _proof(secret, b"server", both)
+    return _proof(secret, b"server", transport, said)
+
+
+def is_proof(given: bytes, expected: bytes) -> bool:
+    """Whether both are the same; how long that takes does not tell where they differ."""
+    return hmac.compare_digest(given, expected)
 
 
 def check_protocol_version(theirs: int) -> None:
@@ -92,5 +104,6 @@ def check_protocol_version(theirs: int) -> None:
         )
 
 
-def _proof(secret: bytes, side: bytes, both: bytes) -> bytes:
-    return hmac.digest(secret, side + both, "sha256")
+def _proof(secret: bytes, side: bytes, transport: bytes, said: bytes) -> bytes:
+    # Of the parts, the transport alone has no fixed length.
+    return hmac.digest(secret, side + bytes([len(transport)]) + transport + said, "sha256")

@@ -51,6 +51,9 @@ _NEAR_UPDATES = 1_024
 """Updates are remembered while one so near may come again: Telegram delivers at most 100 at a time, and
 numbers them in sequence, until a week without any."""
 
+_MAX_TTLS = 65_536
+"""Heads of which the time to live is known: bots may make up names of states as they go."""
+
 _ABSENT = b""
 """What is found where there is no record: unlike None, which is a record that is being cleared."""
 
@@ -403,6 +406,8 @@ class Evaluator:
     def _ttl_ms(self, head: bytes) -> int:
         ttl_ms = self._ttls.get(head)
         if ttl_ms is None:
+            if len(self._ttls) >= _MAX_TTLS:
+                self._ttls.clear()
             ttl_ms = self._ttls[head] = self._times.ttl_ms(*self._packer.front(head))
         return ttl_ms
 

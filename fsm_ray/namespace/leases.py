@@ -18,6 +18,12 @@ LEASE_S = 30.0
 MAX_WAITERS = 1_000
 """Turns that may wait for one conversation."""
 
+MAX_TURNS = 65_536
+"""Turns of one shard, those that wait among them."""
+
+MAX_SESSIONS = 65_536
+"""Clients of one shard that use turns at a time."""
+
 TurnId = tuple[bytes, int]
 """A session, and the number that it gave to the turn."""
 
@@ -51,6 +57,8 @@ class Leases:
         self._connections: dict[Hashable, dict[TurnId, None]] = {}
         """Connection -> the turns that came by it."""
         self._tally = tally or ShardTally()
+        self._open = 0
+        """How many turns there are."""
 
     def __len__(self) -> int:
         """How many conversations a turn has."""
@@ -67,9 +75,15 @@ class Leases:
         return sum(map(len, self._queues.values())) - len(self._queues)
 
     def heard_of(self, session: bytes) -> None:
-        """Note that the session lives."""
+        """Note that the session lives.
+
+        Raises:
+            Overloaded: it is a new one, and there are too many.
+        """
         known = self._sessions.get(session)
         if known is None:
+            if len(self._sessions) >= MAX_SESSIONS:
+                raise Overloaded(f"{MAX_SESSIONS} clients use turns of this shard already: retry later")
             self._sessions[session] = _Session(self._clock())
         else:
             known.heard_at_s = self._clock()
@@ -80,8 +94,12 @@ class Leases:
         The session was heard of before.
 
         Raises:
-            Overloaded: too many wait for it already.
+            Overloaded: too many wait for it already, or there are too many turns.
         """
+        session, number = turn
+        turns = self._sessions[session].turns
+        if number not in turns and self._open >= MAX_TURNS:
+            raise Overloaded(f"{MAX_TURNS} turns of this shard are open: retry later")
         queue = self._queues.get(key)
         if queue is None:
             self._queues[key] = {turn: None}
@@ -91,8 +109,8 @@ class Leases:
             queue[turn] = None
         else:
             self.keep(turn)  # it may have come by another connection
-        session, number = turn
-        self._sessions[session].turns[number] = (key, connection)
+        self._open += number not in turns
+        turns[number] = (key, connection)
         self._connections.setdefault(connection, {})[turn] = None
         return self.has(turn, key)
 
@@ -131,6 +149,7 @@ class Leases:
         found = None if known is None else known.turns.pop(number, None)
         if known is None or found is None:
             return None
+        self._open -= 1
         known.granted.pop(number, None)
         key, connection = found
         turns = self._connections[connection]

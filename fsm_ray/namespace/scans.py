@@ -25,6 +25,10 @@ MAX_SCANS = 64
 MAX_KEPT_ASIDE = 1_000_000
 """Records that may be kept aside for one scan; then it is interrupted."""
 
+MAX_ASIDE_BYTES = 256 << 20
+"""Of records kept aside for all scans, one kept for several counted as often; past it, the scan with most is
+interrupted."""
+
 IDLE_S = 120.0
 """How long a scan may pause, and how long slots are known after the last one."""
 
@@ -62,8 +66,20 @@ class _Scan:
     """Of this page."""
     aside: dict[bytes, bytes | None] = field(default_factory=dict)
     """Records as they were, by key; None where there was none."""
+    aside_bytes: int = 0
     removed: dict[int, list[bytes]] = field(default_factory=dict)
     """Slot -> keys of these, which may not be there any more as the scan comes to them."""
+
+    def keep_aside(self, key: bytes, before: bytes | None) -> None:
+        """Keep the record as it was."""
+        self.aside[key] = before
+        self.aside_bytes += len(key) + len(before or b"")
+
+    def take_aside(self, key: bytes) -> bytes | None:
+        """The record as it was; it is looked at now."""
+        before = self.aside.pop(key)
+        self.aside_bytes -= len(key) + len(before or b"")
+        return before
 
     def enter(self, slot: int) -> None:
         """Go on with the next slot."""
@@ -203,7 +219,7 @@ class Scans:
                 if len(found) == limit or size > _MOST_BYTES:
                     return [*found, _MORE]
                 scan.after = key
-                packed = aside.pop(key) if key in aside else get(key)
+                packed = scan.take_aside(key) if key in aside else get(key)
                 if packed is not None and is_wanted(scan, packed):
                     found.append(protocol.encode_found(key, blob(packed)))
                     size += len(found[-1])
@@ -236,11 +252,13 @@ class Scans:
         for scan_id, scan in tuple(self._scans.items()):
             if key in scan.aside or (slot, key) <= (scan.slot, scan.after):
                 continue
-            scan.aside[key] = before
+            scan.keep_aside(key, before)
             if before is not None:
                 scan.removed.setdefault(slot, []).append(key)
             if len(scan.aside) > MAX_KEPT_ASIDE:
                 del self._scans[scan_id]
+        if sum(scan.aside_bytes for scan in self._scans.values()) > MAX_ASIDE_BYTES:
+            del self._scans[max(self._scans, key=lambda scan_id: self._scans[scan_id].aside_bytes)]
 
     def _put_in_slot(self, key: bytes, *, is_there: bool) -> None:
         keys = self._slots[slot_of(key)]

@@ -20,7 +20,7 @@ from typing import NoReturn, cast
 import msgspec
 
 from fsm_ray import protocol
-from fsm_ray.errors import FsmRayError, NamespaceUnavailable, StoreUnavailable
+from fsm_ray.errors import FsmRayError, NamespaceUnavailable, Overloaded, StoreUnavailable
 from fsm_ray.logs import where
 from fsm_ray.namespace.evaluation import Effects, Evaluator, shown
 from fsm_ray.namespace.events import Events
@@ -40,6 +40,7 @@ from fsm_ray.protocol import (
     GrantsRequest,
     ReadContent,
     ReadRecord,
+    Request,
     ScanRequest,
     Transact,
     TurnRequest,
@@ -50,7 +51,7 @@ from fsm_ray.protocol import (
     reply,
 )
 from fsm_ray.record import Packer
-from fsm_ray.sessions import Sessions
+from fsm_ray.sessions import LARGE_REPLY_BYTES, Sessions
 from fsm_ray.stores.base import Answered, Batch, Contents, Stale, Store, lease_clock
 from fsm_ray.tally import MEASURE_EVERY, ShardTally, now_ns
 from fsm_ray.version import load_fields
@@ -98,6 +99,15 @@ _ABSENT = b""
 
 _OF_MANY = (ScanRequest, CountRequest, WatchRequest)
 
+MAX_WAITING_BYTES = 256 << 20
+"""Of writes that wait for a commit; past it, further ones are refused."""
+
+_MAX_COMMIT_BYTES = 64 << 20
+"""Of the requests of one commit and their replies, but for the last request; the others wait for the next."""
+
+_OPERATION_BYTES = 1_024
+"""What an operation takes beside its bytes, decoded. Measured: 0.3 to 0.7 KB with one to eight fields."""
+
 _RATED_TICKS = 10
 """Ticks over which operations per second are told."""
 
@@ -115,6 +125,17 @@ _REWRITTEN_AT_ONCE = 128
 
 _CONFIRM_AT = 2 / 3
 """The part of a lease that is left when the store is asked to confirm it, if no commit did."""
+
+
+_UNDECODABLE = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
+
+
+def _decoded(body: bytes) -> Request:
+    try:
+        request: Request = decode_request(body)
+    except _UNDECODABLE as error:
+        raise MalformedRequest(str(error)) from error
+    return request
 
 
 def _ignore(_reason: FsmRayError) -> None: ...
@@ -187,8 +208,10 @@ class Namespace:
         self._on_stopped = on_stopped
         self._scanned_after = 0
         """How many operations there were when a scan was last asked for."""
-        self._waiting: list[tuple[WriteRequest, Answer, int]] = []
-        """Writes that are to be committed, who gets their replies, and when they came, or 0: not measured."""
+        self._waiting: deque[tuple[WriteRequest, Answer, int, int]] = deque()
+        """Writes that are to be committed, who gets their replies, when they came (0: that is not measured),
+        and how many bytes they take."""
+        self._waiting_bytes = 0
         self._due: list[bytes] = []
         self._stale = contents.stale
         self._rewriting = Stale()
@@ -229,13 +252,12 @@ class Namespace:
         """
         try:
             request = decode_request(body)
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        except _UNDECODABLE as error:
             raise MalformedRequest(str(error)) from error
         began_ns = now_ns() if request.number % MEASURE_EVERY == 1 else 0
         if type(request) is WriteRequest:
             if self._is_durable:
-                self._commit_soon(request, answer, began_ns)
-                return None
+                return self._commit_soon(request, answer, began_ns, len(body))
             # There is nothing to commit: what is evaluated is there.
             answered = self._evaluate(request)
             effects = self._effects
@@ -308,6 +330,24 @@ class Namespace:
         self._turns.disconnected(answer)
         self._events.disconnected(self._tally.turns_lost - lost)
         self._watches.disconnected(answer)
+
+    def refuse(self, body: bytes, error: FsmRayError) -> bytes | None:
+        """The reply to a request that is not to be handled now: this error for each of its operations.
+
+        None: a write that was sent again may have been committed, so nothing can be said of it.
+
+        Raises:
+            MalformedRequest: the bytes are no request.
+        """
+        request = _decoded(body)
+        if isinstance(request, WriteRequest) and request.is_resend:
+            return None
+        if isinstance(request, WriteRequest | TurnRequest):
+            count = len(request.operations)
+        else:
+            count = len(request.keys) if isinstance(request, ReadContent | ReadRecord) else 1
+        kind: int = request.__struct_config__.tag  # type: ignore[assignment]
+        return reply(kind, request.number, [protocol.encode_error(error)] * count)
 
     def _read(self, kind: int, request: ReadContent | ReadRecord, part: Callable[[bytes], bytes]) -> bytes:
         keys = request.keys
@@ -521,6 +561,7 @@ class Namespace:
             self._stopped = reason
             self._serves_until_s = -math.inf
             self._waiting.clear()
+            self._waiting_bytes = 0
             if self._rewritten is not None:
                 self._rewritten.cancel()
             self._on_stopped(reason)
@@ -529,17 +570,30 @@ class Namespace:
     # then again with what came meanwhile. Where a store takes commits ahead, the next one is evaluated over
     # the overlay of the one under way, and handed over before that is done.
 
-    def _commit_soon(self, request: WriteRequest, answer: Answer, began_ns: int) -> None:
+    def _commit_soon(self, request: WriteRequest, answer: Answer, began_ns: int, size: int) -> bytes | None:
+        """Commit the request soon; or return a refusal, where too much waits."""
         if self._stopped is not None:
             raise NotServing
-        self._waiting.append((request, answer, began_ns))
+        size += _OPERATION_BYTES * len(request.operations)
+        # What is sent again may have been committed: it waits. Clients have a request or two under way each.
+        if self._waiting and self._waiting_bytes + size > MAX_WAITING_BYTES and not request.is_resend:
+            refusal = protocol.encode_error(
+                Overloaded(
+                    f"a shard of bot {self._bot_name!r} has {self._waiting_bytes:,} bytes of writes that "
+                    "wait for its store: nothing was changed, retry later",
+                    bot=self._bot_name,
+                )
+            )
+            return reply(WRITE, request.number, [refusal] * len(request.operations))
+        self._waiting.append((request, answer, began_ns, size))
+        self._waiting_bytes += size
         self._commit_waiting()
+        return None
 
     def _commit_waiting(self) -> None:
         """Commit what waits, if anything does, and the store takes a further commit."""
         if not (self._waiting or self._due or self._rewriting) or len(self._commits) == self._max_commits:
             return
-        waiting, self._waiting = self._waiting, []
         due, self._due = self._due, []
         rewriting, self._rewriting = self._rewriting, Stale()
         below = (
@@ -548,8 +602,7 @@ class Namespace:
         self._effects = effects = Effects()
         self._evaluator.begin(effects, below)
         self._answered = {}
-        answers = [(answer, self._evaluate(request)) for request, answer, _ in waiting]
-        measured = [(len(request.operations), began_ns) for request, _, began_ns in waiting if began_ns]
+        answers, measured, operations = self._evaluate_waiting()
         for turn, _ in effects.ended:
             self._turns.leases.keep(turn)
         if due:
@@ -567,6 +620,7 @@ class Namespace:
                 for answer, answered in answers:
                     answer(answered)
                 self._measure_writes(measured)
+                self._commit_waiting()
             else:
                 self._stop(self._lapsed())
             return
@@ -578,11 +632,30 @@ class Namespace:
         if rewriting:
             sessions = self._add_stale(rewriting, records, below)
             answers.append((self._tell_rewritten, b""))
-        self._tally.commit_operations.add(sum([len(request.operations) for request, _, _ in waiting]))
+        self._tally.commit_operations.add(operations)
         started_s, began_ns = self._lease_clock(), now_ns()
         done = self._store.commit(Batch(self._evaluator.version, records, sessions, forgotten))
         self._commits.append(_Commit(done, started_s, effects, answers, began_ns, measured))
         done.add_done_callback(self._committed)
+        self._commit_waiting()
+
+    def _evaluate_waiting(self) -> tuple[list[tuple[Answer, bytes]], list[tuple[int, int]], int]:
+        """Evaluate what waits, as much as fits into one commit.
+
+        Returns the replies; of each request that is measured, how many operations it has and when it came;
+        and how many operations there are in all.
+        """
+        answers, measured, operations, total = [], [], 0, 0
+        while self._waiting and total < _MAX_COMMIT_BYTES:
+            request, answer, began_ns, size = self._waiting.popleft()
+            self._waiting_bytes -= size
+            answered = self._evaluate(request)
+            total += size + len(answered)
+            operations += len(request.operations)
+            answers.append((answer, answered))
+            if began_ns:
+                measured.append((len(request.operations), began_ns))
+        return answers, measured, operations
 
     def _committed(self, done: asyncio.Future[None]) -> None:
         error = asyncio.CancelledError() if done.cancelled() else done.exception()
@@ -671,6 +744,8 @@ class Namespace:
                 results.append(_encode_error(error, operation))
         answer = reply(WRITE, request.number, results)
         self._answered[request.session] = Answered(request.number, answer, now_s)
+        if len(answer) > LARGE_REPLY_BYTES:
+            self._sessions.keep_large(request.session, len(answer))
         return answer
 
 

@@ -39,7 +39,11 @@ class Turns:
 
     def handle(self, request: TurnRequest, connection: Hashable) -> bytes:
         """Begin and end turns that came by this connection; return the reply."""
-        self.leases.heard_of(request.session)
+        try:
+            self.leases.heard_of(request.session)
+        except FsmRayError as error:
+            refusal = protocol.encode_error(error)
+            return reply(TURN, request.number, [refusal] * len(request.operations))
         results = []
         for operation in request.operations:
             turn = (request.session, operation.turn)
@@ -62,7 +66,10 @@ class Turns:
         One that came before, of the same session, gets no reply any more.
         """
         session = request.session
-        self.leases.heard_of(session)
+        try:
+            self.leases.heard_of(session)
+        except FsmRayError as error:
+            return reply(GRANTS, request.number, [protocol.encode_error(error)])
         self._stop_listening(session)
         granted = self.leases.take_granted(session)
         if granted:

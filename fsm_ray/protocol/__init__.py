@@ -9,5 +9,5 @@ from __future__ import annotations
 from fsm_ray.protocol.replies import *  # noqa: F403
 from fsm_ray.protocol.requests import *  # noqa: F403
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised whenever a frame, an operation or the handshake changes its meaning."""

@@ -120,7 +120,7 @@ _RESULTS: dict[int, Any] = {
     TURN: RecordView | bool | Error | None,
     GRANTS: Grant | Error,
     SCAN: Found | bool | Error,
-    COUNT: Counted,
+    COUNT: Counted | Error,
     WATCH: ChangeView | int | Error,
 }
 """Kind of a request -> what one result in its reply is."""

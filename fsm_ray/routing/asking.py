@@ -7,8 +7,11 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fsm_ray.errors import FsmRayError
+from fsm_ray.errors import FsmRayError, Overloaded
 from fsm_ray.routing.lanes import Connection
+
+MAX_OPEN = 4_096
+"""Requests of one loop to one shard that are under way."""
 
 
 class Asking:
@@ -45,7 +48,12 @@ class Asking:
 
         Raises:
             NamespaceUnavailable: none came in time.
+            Overloaded: too many are under way.
         """
+        if len(self._open) >= MAX_OPEN:
+            raise Overloaded(
+                f"{MAX_OPEN} scans, counts and watches of this process are under way: retry later"
+            )
         number = next(self._numbers)
         results: asyncio.Future[Sequence[Any]] = self._loop.create_future()
         frame = request(number)

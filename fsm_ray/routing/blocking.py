@@ -19,7 +19,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from fsm_ray import protocol
 from fsm_ray.actor import NamespaceActor
-from fsm_ray.channel.client import BlockingConnection, addresses
+from fsm_ray.channel.client import addresses, open_blocking
 from fsm_ray.channel.frames import FrameTooLong
 from fsm_ray.channel.handshake import HandshakeFailed
 from fsm_ray.errors import (
@@ -322,7 +322,7 @@ class BlockingShard:
             self._route.check_options(endpoint.options)
             for address in addresses(endpoint, self._directory.node_id):
                 try:
-                    self._connection = BlockingConnection(address, endpoint.secret, timeout_s)
+                    self._connection = open_blocking(address, endpoint.secret, timeout_s)
                 except (OSError, FrameTooLong, HandshakeFailed) as error:
                     logger.info("no connection to %s: %s", address, error)
                 else:

@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Any, Protocol
 
 from fsm_ray import protocol
-from fsm_ray.errors import FsmRayError
+from fsm_ray.errors import FsmRayError, Overloaded
 from fsm_ray.protocol import (
     GOOD_RESULTS,
     MAX_FRAME_BYTES,
@@ -36,8 +36,14 @@ _ENOUGH = 8
 """Operations that are sent without waiting for more, if none are under way: client and shard then work at the
 same time. Measured with 16 and 256 tasks, against 4, 12, 16, 24, 64 and waiting for all."""
 
-_NEVER = -1
-"""So many operations never wait."""
+MAX_WAITING = 65_536
+"""Operations of one lane that may wait to be sent; past it, further ones are refused."""
+
+MAX_WAITING_BYTES = 256 << 20
+"""The same, of what they take."""
+
+_LOOK_EACH = 256
+"""After so many further operations, it is looked whether too much waits: they may exceed the bytes."""
 
 _MAX_REQUEST_BYTES = MAX_FRAME_BYTES // 2
 """Of operations; the rest leaves room for a single one that is larger, and for the request's head."""
@@ -64,7 +70,7 @@ class _Session:
 class _Request:
     """Operations under way, futures of their results, and when they were called, in order."""
 
-    __slots__ = ("called_at", "futures", "operations", "session")
+    __slots__ = ("called_at", "futures", "given_up", "operations", "session")
 
     def __init__(
         self,
@@ -77,6 +83,8 @@ class _Request:
         self.operations = operations
         self.futures = futures
         self.called_at = called_at
+        self.given_up = 0
+        """How many of the operations, the first ones, waited for too long."""
 
 
 class Lane:
@@ -135,7 +143,9 @@ class Lane:
         # Connected, nothing under way, and no flush scheduled.
         self._is_idle = False
         # When so many operations wait, they are sent, though the lane is not idle.
-        self._enough = _NEVER
+        self._enough = _LOOK_EACH
+        self._is_full = False
+        """Whether too much waited as it was last looked at, and nothing was sent since."""
         self._last_count = 1
         self._timer: asyncio.TimerHandle | None = None
 
@@ -169,8 +179,10 @@ class Lane:
                 self._enough = _ENOUGH
                 self._loop.call_soon(self._flush)
         elif len(self._operations) == self._enough:
-            if self._under_way:
-                self._enough = _NEVER
+            if self._enough > _ENOUGH:
+                self._look()
+            elif self._under_way:
+                self._enough = _LOOK_EACH
                 self._loop.call_soon(self._flush)
             else:
                 # Enough to begin with: the shard works on them while the other tasks add theirs.
@@ -186,12 +198,13 @@ class Lane:
         self._tally.resends += len(self._under_way)
         for request in self._under_way:
             self._send(self._frame(request, is_resend=True))
+        self._drop_cancelled()
         self._flush()
 
     def disconnected(self) -> None:
         self._send = None
         self._is_idle = False
-        self._enough = _NEVER
+        self._look_later()
         self._arm()
 
     def answered(self, number: int, results: Sequence[Result | FsmRayError]) -> None:
@@ -232,12 +245,12 @@ class Lane:
             self._give_up(request.futures, of_under_way)
         waiting = self._futures
         self._operations, self._futures, self._called_at = [], [], []
+        self._look_later()
         self._give_up(waiting, error)
 
     def close(self) -> None:
         self._send = None
         self._is_idle = False
-        self._enough = _NEVER
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -280,11 +293,47 @@ class Lane:
             self._called_at = self._called_at[count:]
         self._under_way.append(request)
         self._send(self._frame(request, is_resend=False))
-        self._enough = _NEVER
+        self._look_later()
         if self._free_sessions:
             self._flush()
         if self._timer is None:
             self._arm()
+
+    # Counting what waits would cost each operation: it is looked at now and then, by the same number that
+    # tells when enough wait to be sent.
+
+    def _look_later(self) -> None:
+        self._enough = (len(self._operations) // _LOOK_EACH + 1) * _LOOK_EACH
+        self._is_full = False
+
+    def _look(self) -> None:
+        """Refuse the last operation if too much waits, and so each until something is sent."""
+        if not self._is_full:
+            self._drop_cancelled()
+            count = len(self._operations)
+            self._is_full = count >= MAX_WAITING or sum(map(len, self._operations)) > MAX_WAITING_BYTES
+        if self._is_full:
+            del self._operations[-1], self._called_at[-1]
+            refused = self._futures.pop()
+            self._give_up([refused], self._overloaded)
+            self._enough = len(self._operations) + 1
+        else:
+            self._look_later()
+
+    def _overloaded(self) -> FsmRayError:
+        return Overloaded(
+            f"{len(self._operations)} operations of this process wait to be sent to one shard: nothing was "
+            "changed, retry later"
+        )
+
+    def _drop_cancelled(self) -> None:
+        """Forget what nobody waits for any more, though its time is not over."""
+        waiting = zip(self._operations, self._futures, self._called_at, strict=True)
+        left = [each for each in waiting if not each[1].cancelled()]
+        if len(left) < len(self._operations):
+            self._operations = [each[0] for each in left]
+            self._futures = [each[1] for each in left]
+            self._called_at = [each[2] for each in left]
 
     def _frame(self, request: _Request, *, is_resend: bool) -> bytes:
         session = request.session
@@ -297,29 +346,45 @@ class Lane:
     # One timer for all operations: it looks at the oldest ones, and comes back when the next may be due.
 
     def _arm(self) -> None:
-        oldest = self._under_way[0].called_at if self._under_way else self._called_at
-        if self._timer is None and oldest:
-            self._timer = self._loop.call_later(oldest[0] + self._timeout_s - self._now(), self._expire)
+        if self._timer is not None:
+            return
+        if self._under_way:
+            first = self._under_way[0]
+            oldest = first.called_at[first.given_up]
+        elif self._called_at:
+            oldest = self._called_at[0]
+        else:
+            return
+        self._timer = self._loop.call_later(oldest + self._timeout_s - self._now(), self._expire)
 
     def _expire(self) -> None:
         self._timer = None
         horizon = self._now() - self._timeout_s
         is_silent = False
-        while self._under_way and self._under_way[0].called_at[0] <= horizon:
-            # Later ones of this request are given up with the first: a request has one outcome.
-            request = self._under_way.pop(0)
-            self._free_sessions.append(request.session)
-            self._give_up(request.futures, lambda: self._too_late(outcome_unknown=self._kind == WRITE))
-            is_silent = True
+        while self._under_way:
+            request = self._under_way[0]
+            is_silent |= not request.given_up and request.called_at[0] <= horizon
+            self._give_up_older(request, horizon)
+            if request.given_up < len(request.futures):
+                break  # the others of it are younger
+            self._free_sessions.append(self._under_way.pop(0).session)
         if is_silent:
             self._on_silence()
         overdue = bisect.bisect_right(self._called_at, horizon)
         futures = self._futures[:overdue]
         del self._operations[:overdue], self._futures[:overdue], self._called_at[:overdue]
+        if overdue:
+            self._look_later()
         self._give_up(futures, lambda: self._too_late(outcome_unknown=False))
         if not self._is_idle:
             self._flush()
         self._arm()
+
+    def _give_up_older(self, request: _Request, horizon: float) -> None:
+        """Give up the operations that were called so long ago."""
+        before, request.given_up = request.given_up, bisect.bisect_right(request.called_at, horizon)
+        futures = request.futures[before : request.given_up]
+        self._give_up(futures, lambda: self._too_late(outcome_unknown=self._kind == WRITE))
 
     def _give_up(self, futures: list[asyncio.Future[Any]], error: Callable[[], FsmRayError]) -> None:
         for future in futures:
