@@ -29,7 +29,8 @@
 #   channel           frames over a socket: the actor's half and both client halves
 #   metrics           tallies, published through Ray to Prometheus; the Grafana dashboard
 #   notes             what Ray's control store holds about a bot: versions, and an upgrade under way
-#   actor             a namespace as a Ray named actor: name, lifetime, restart, credentials
+#   hosting           one shard in its process: opened from its store, served, watched over, stopped
+#   actor             a shard as a Ray named actor: name, lifetime, restart; found, made and ended
 #   upgrade           a bot's actors replaced by ones of another version, one at a time
 #   routing           (bot_name, key) -> shard -> connection; reconnects and sends again
 #   transaction       writes to conversations of one shard, made together or not at all

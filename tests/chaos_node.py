@@ -18,9 +18,10 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fsm_ray import BotOptions, State, Storage
-from fsm_ray.actor import ACTOR_OPTIONS, ShardDescription
+from fsm_ray.actor import ACTOR_OPTIONS
 from fsm_ray.bench.servers import ValkeyServer, temporary_directory
 from fsm_ray.channel.client import BlockingConnection
+from fsm_ray.hosting import ShardDescription
 from fsm_ray.protocol import READ_RECORD, read_request, write_request
 
 from .conftest import DEADLINE_S, eventually

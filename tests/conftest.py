@@ -16,7 +16,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from fsm_ray import Storage, actor
+from fsm_ray import Storage, hosting
 from fsm_ray.errors import UnknownBot, ValueNotDecodable
 
 DEADLINE_S = 60.0
@@ -87,16 +87,14 @@ def cluster() -> Iterator[RayCluster]:
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let an actor's class be used in this process, which is no actor's."""
+    """Let a shard be hosted by this process, which is no actor's."""
     for name, stand_in in {
         "_was_restarted": lambda: False,
         "_prefer_this_thread": lambda: None,
-        "_own_id": lambda: "",
         "_node_id": lambda: "",
-        "note_version": lambda *_: None,
         "remove_version": lambda *_: None,
     }.items():
-        monkeypatch.setattr(actor, name, stand_in)
+        monkeypatch.setattr(hosting, name, stand_in)
     monkeypatch.setattr(gc, "freeze", lambda: None)
 
 

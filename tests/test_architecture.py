@@ -17,7 +17,7 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-RAY = {"metrics", "actor", "notes", "upgrade", "routing", "storage", "cli", "bench", "demo"}
+RAY = {"metrics", "hosting", "actor", "notes", "upgrade", "routing", "storage", "cli", "bench", "demo"}
 """The layers that may import Ray."""
 
 OPTIONAL = {

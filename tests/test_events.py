@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from fsm_ray import actor, protocol
-from fsm_ray.actor import NamespaceActor
+from fsm_ray import hosting, protocol
 from fsm_ray.channel.server import Server
 from fsm_ray.codec import encode_data, encode_key
 from fsm_ray.errors import Overloaded, StoreCorrupted, StoreUnavailable, TurnLost
+from fsm_ray.hosting import ShardHost
 from fsm_ray.logs import Seldom, where
 from fsm_ray.namespace import MalformedRequest, Namespace, NotServing, serving
 from fsm_ray.namespace.events import CALM_S, SLOW_COMMIT_S, Events
@@ -204,7 +204,7 @@ async def test_no_line_of_an_actor_says_a_key_a_state_or_data(
     no_ray: None, told: Callable[[], list[str]], tmp_path: Path, scheme: str
 ) -> None:
     store = "memory://" if scheme == "memory" else f"{scheme}://{tmp_path}"
-    shard: Any = NamespaceActor("my_bot", 0, BotOptions(store=store, max_record_bytes=1000))
+    shard: Any = ShardHost("my_bot", 0, BotOptions(store=store, max_record_bytes=1000))
     await shard.open()
     refused: list[str] = []
     for request in marked_requests():
@@ -223,7 +223,7 @@ async def test_no_line_of_an_actor_says_a_key_a_state_or_data(
 
 
 async def test_an_exchange_that_is_over_leaves_nothing_behind(no_ray: None) -> None:
-    shard: Any = NamespaceActor("my_bot", 0, BotOptions())
+    shard: Any = ShardHost("my_bot", 0, BotOptions())
     await shard.open()
     read = protocol.read_request(protocol.READ_RECORD, 2, [protocol.read(encode_key("ann"))])
     await shard.exchange(read)
@@ -242,8 +242,8 @@ async def test_a_damaged_record_is_told_to_who_opens_the_store_and_not_to_the_lo
         async def open(self) -> Contents:
             raise StoreCorrupted(f"the record of {MARKER} cannot be read")
 
-    monkeypatch.setattr(actor, "make_store", lambda *_: Damaged())
-    shard = NamespaceActor("my_bot", 0, BotOptions())
+    monkeypatch.setattr(hosting, "make_store", lambda *_: Damaged())
+    shard = ShardHost("my_bot", 0, BotOptions())
     for _ in range(3):
         with pytest.raises(StoreCorrupted, match=MARKER):
             await shard.open()

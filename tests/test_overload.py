@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from fsm_ray import across, actor, protocol, sessions
-from fsm_ray.actor import NamespaceActor
+from fsm_ray import across, hosting, protocol, sessions
 from fsm_ray.channel.handshake import Endpoint
 from fsm_ray.errors import (
     NamespaceUnavailable,
@@ -16,6 +15,7 @@ from fsm_ray.errors import (
     Overloaded,
     ScanInterrupted,
 )
+from fsm_ray.hosting import ShardHost
 from fsm_ray.namespace import Namespace, evaluation, leases, scans, serving
 from fsm_ray.options import BotOptions
 from fsm_ray.protocol import COUNT, GRANTS, KINDS, READ_CONTENT, READ_RECORD, SCAN, TURN, WATCH, WRITE
@@ -338,8 +338,8 @@ class TestRayCalls:
 
     @pytest.fixture
     def busy(self, shard: Shard, no_ray: None, monkeypatch: pytest.MonkeyPatch) -> Any:
-        monkeypatch.setattr(actor, "MAX_EXCHANGES", 2)
-        busy: Any = NamespaceActor("my_bot", 0, BotOptions())
+        monkeypatch.setattr(hosting, "MAX_EXCHANGES", 2)
+        busy: Any = ShardHost("my_bot", 0, BotOptions())
         busy._namespace = shard.namespace
         return busy
 
@@ -398,9 +398,9 @@ class TestRayCalls:
                 return host, 1234
 
         monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.7")
-        busy._options = BotOptions(listen_host=listen_host)
+        busy.options = BotOptions(listen_host=listen_host)
         busy._server = FakeServer()
-        busy._endpoint = Endpoint(busy._options, "here", "/socket", None, b"secret")
+        busy._endpoint = Endpoint(busy.options, "here", "/socket", None, b"secret")
         endpoint = await busy.endpoint("there")
 
         assert FakeServer.hosts == [listen_host]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import inspect
 import io
 import json
 import os
@@ -24,7 +25,7 @@ import pytest
 import ray
 
 from fsm_ray import AsyncStorage, BotOptions, State, Storage, actor, upgrade
-from fsm_ray.actor import find_actor
+from fsm_ray.actor import NamespaceActor, call, find_actor, find_shard
 from fsm_ray.channel.handshake import Endpoint, check_protocol_version
 from fsm_ray.errors import (
     ConfigurationError,
@@ -81,6 +82,22 @@ def test_a_description_of_another_version_has_defaults_for_what_that_did_not_kno
 
     assert of_older == _Grown(1)
     assert of_newer == _Grown(1, "two")
+
+
+def test_actors_have_the_methods_that_clients_of_every_version_know_and_no_others() -> None:
+    """Ray's export of the class names each of them; a client that lacks one could not call any."""
+    names = {name for name, _ in inspect.getmembers(NamespaceActor, inspect.isfunction)}
+
+    known = {"options", "open", "was_opened", "endpoint", "exchange", "describe", "stop", "perform"}
+    assert names == {"__init__"} | known
+
+
+@pytest.mark.ray
+def test_what_an_actor_does_not_know_is_refused_with_the_way_to_mend_it(bots: Bots) -> None:
+    shard = find_shard(bots.emptied(), 0)
+
+    with pytest.raises(ProtocolMismatch, match="cannot fly: upgrade the bot with `fsm-ray upgrade BOT`"):
+        call(shard.perform.remote("fly"), "my_bot", DEADLINE_S)
 
 
 def test_an_endpoint_tells_its_protocol_whatever_version_made_it() -> None:

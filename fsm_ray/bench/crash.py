@@ -13,8 +13,9 @@ from typing import Any
 import ray
 
 from fsm_ray import AsyncStorage
-from fsm_ray.actor import ShardDescription, find_shard
+from fsm_ray.actor import find_shard
 from fsm_ray.errors import ConfigurationError
+from fsm_ray.hosting import ShardDescription
 
 _END_TIMEOUT_S = 10.0
 

@@ -23,7 +23,7 @@ from ray.actor import ActorHandle
 from ray.util.client import ray as ray_client
 
 from fsm_ray import actor
-from fsm_ray.actor import NamespaceActor, ShardDescription
+from fsm_ray.actor import NamespaceActor
 from fsm_ray.channel.handshake import Endpoint, check_protocol_version
 from fsm_ray.errors import (
     EncryptionKeysUnusable,
@@ -32,6 +32,7 @@ from fsm_ray.errors import (
     ProtocolMismatch,
     RayUnreachable,
 )
+from fsm_ray.hosting import ShardDescription
 from fsm_ray.metrics.client import ClientMetrics
 from fsm_ray.notes import Version, find_mark
 from fsm_ray.options import BotOptions, check_bot_name, whereabouts
