@@ -356,7 +356,6 @@ print(text)
 @pytest.mark.ray
 @pytest.mark.slow
 def test_prometheus_reads_what_shards_and_workers_did() -> None:
-    pytest.importorskip("opentelemetry.exporter.prometheus", reason="needs fsm-ray[metrics]")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
