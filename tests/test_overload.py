@@ -76,6 +76,7 @@ class TestCommits:
 
         assert [type(result) for result in refused.results] == [Overloaded, Overloaded]
         assert "nothing was changed, retry later" in str(refused.results[0])
+        assert shard.namespace._tally.refused(Overloaded) == 2
         await shard.settled()
         assert shard.client().read(CID) == [None]
         refused.write(set_data(CID))

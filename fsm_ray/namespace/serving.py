@@ -24,6 +24,7 @@ from fsm_ray.errors import FsmRayError, NamespaceUnavailable, Overloaded, StoreU
 from fsm_ray.logs import where
 from fsm_ray.namespace.evaluation import Effects, Evaluator, shown
 from fsm_ray.namespace.events import Events
+from fsm_ray.namespace.refusals import refusal
 from fsm_ray.namespace.scans import Scans
 from fsm_ray.namespace.turns import Turns
 from fsm_ray.namespace.watches import Watches
@@ -342,12 +343,7 @@ class Namespace:
         request = _decoded(body)
         if isinstance(request, WriteRequest) and request.is_resend:
             return None
-        if isinstance(request, WriteRequest | TurnRequest):
-            count = len(request.operations)
-        else:
-            count = len(request.keys) if isinstance(request, ReadContent | ReadRecord) else 1
-        kind: int = request.__struct_config__.tag  # type: ignore[assignment]
-        return reply(kind, request.number, [protocol.encode_error(error)] * count)
+        return refusal(request, error, self._tally)
 
     def _read(self, kind: int, request: ReadContent | ReadRecord, part: Callable[[bytes], bytes]) -> bytes:
         keys = request.keys
@@ -577,14 +573,12 @@ class Namespace:
         size += _OPERATION_BYTES * len(request.operations)
         # What is sent again may have been committed: it waits. Clients have a request or two under way each.
         if self._waiting and self._waiting_bytes + size > MAX_WAITING_BYTES and not request.is_resend:
-            refusal = protocol.encode_error(
-                Overloaded(
-                    f"a shard of bot {self._bot_name!r} has {self._waiting_bytes:,} bytes of writes that "
-                    "wait for its store: nothing was changed, retry later",
-                    bot=self._bot_name,
-                )
+            error = Overloaded(
+                f"a shard of bot {self._bot_name!r} has {self._waiting_bytes:,} bytes of writes that wait "
+                "for its store: nothing was changed, retry later",
+                bot=self._bot_name,
             )
-            return reply(WRITE, request.number, [refusal] * len(request.operations))
+            return refusal(request, error, self._tally)
         self._waiting.append((request, answer, began_ns, size))
         self._waiting_bytes += size
         self._commit_waiting()
@@ -722,11 +716,7 @@ class Namespace:
             try:
                 known = self._sessions.recall(request, self._answered)
             except FsmRayError as error:
-                for operation in request.operations:
-                    self._counted[type(operation)] += 1
-                    self._tally.count_failed(type(operation), error)
-                refusal = protocol.encode_error(error)
-                return reply(WRITE, request.number, [refusal] * len(request.operations))
+                return refusal(request, error, self._tally)
             if known is not None:
                 self._tally.answered_again += 1
                 return known

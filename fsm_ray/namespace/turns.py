@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fsm_ray import protocol
 from fsm_ray.errors import FsmRayError, TurnLost
 from fsm_ray.namespace.leases import Leases, TurnId
+from fsm_ray.namespace.refusals import refusal
 from fsm_ray.protocol import GRANTS, TURN, Begin, CommitTurn, GrantsRequest, TurnRequest, reply
 from fsm_ray.tally import ShardTally
 
@@ -42,8 +43,7 @@ class Turns:
         try:
             self.leases.heard_of(request.session)
         except FsmRayError as error:
-            refusal = protocol.encode_error(error)
-            return reply(TURN, request.number, [refusal] * len(request.operations))
+            return refusal(request, error, self._tally)
         results = []
         for operation in request.operations:
             turn = (request.session, operation.turn)
@@ -69,7 +69,7 @@ class Turns:
         try:
             self.leases.heard_of(session)
         except FsmRayError as error:
-            return reply(GRANTS, request.number, [protocol.encode_error(error)])
+            return refusal(request, error, self._tally)
         self._stop_listening(session)
         granted = self.leases.take_granted(session)
         if granted:
