@@ -40,6 +40,9 @@ ROUNDS = 5
 LEASE_S = 0.2
 """The shortest that there is: a store that does not know that an owner's process has ended waits it out."""
 
+LONG_LEASE_S = 7.0
+"""One that a test does not wait out, but for a clock of its own."""
+
 _ODD = [b"", b"\x00", b"a", b"a\x00", b"A", b"%_'\"\\;", b"a:b/c", "ключ".encode(), b"\xff\xfe", bytes(200)]
 """Bytes that a store might mistake for something else, as keys and as sessions."""
 
@@ -450,14 +453,14 @@ class SharedStoreConformance(_StoreKit):
         clock = _Clock()
         async with (
             opened(make_store(place)) as (stale, _),
-            opened(_make_patient(make_store, replace(place, lease_s=7.0))) as (owner, _),
+            opened(_make_patient(make_store, place)) as (owner, _),
         ):
             await stale.close()
 
             await owner.commit(numbered_batch(1))
             async with opened(make_store(place, clock=clock, sleep=clock.sleep)) as (_, contents):
                 assert_kept(contents, [numbered_batch(1)])
-            assert clock.slept_s >= 7.0
+            assert clock.slept_s >= LONG_LEASE_S
 
     async def test_of_two_that_open_the_store_at_once_one_owns_it(
         self, make_store: MakeStore, place: Place
@@ -538,10 +541,10 @@ class SharedStoreConformance(_StoreKit):
     ) -> None:
         clock = _Clock()
         async with (
-            opened(make_store(replace(place, lease_s=7.0))),
+            opened(make_store(replace(place, lease_s=LONG_LEASE_S))),
             opened(make_store(place, clock=clock, sleep=clock.sleep)),
         ):
-            assert clock.slept_s >= 7.0
+            assert clock.slept_s >= LONG_LEASE_S
 
     async def test_open_does_not_wait_when_the_last_owner_closed_the_store(
         self, make_store: MakeStore, place: Place
@@ -571,13 +574,13 @@ class SharedStoreConformance(_StoreKit):
             raise StoreUnavailable("gave up")
 
         clock = _Clock()
-        async with opened(make_store(replace(place, lease_s=7.0))):
+        async with opened(make_store(replace(place, lease_s=LONG_LEASE_S))):
             with pytest.raises(StoreUnavailable, match="gave up"):
                 await contents_of(make_store(place, clock=clock, sleep=give_up))
 
             await contents_of(make_store(place, clock=clock, sleep=clock.sleep))
 
-        assert clock.slept_s >= 7.0
+        assert clock.slept_s >= LONG_LEASE_S
 
     async def test_open_does_not_wait_for_its_own_lease(self, make_store: MakeStore, place: Place) -> None:
         clock = _Clock()
@@ -685,9 +688,9 @@ class _Clock:
 
 
 def _make_patient(make_store: MakeStore, place: Place) -> Store:
-    """A store for which leases pass in no time."""
+    """A store for which leases pass in no time; its own is long, and so are its timeouts."""
     clock = _Clock()
-    return make_store(place, clock=clock, sleep=clock.sleep)
+    return make_store(replace(place, lease_s=LONG_LEASE_S), clock=clock, sleep=clock.sleep)
 
 
 async def _outcome(store: Store, batch: Batch) -> bool:
