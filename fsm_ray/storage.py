@@ -229,8 +229,8 @@ class Storage(_Facade):
         Where there is no record, one is made with flow and state None.
 
         Raises:
-            VersionConflict, InvalidKey, InvalidData, PickleNotAllowed, RecordTooLarge, UnknownBot,
-            NamespaceUnavailable, OutcomeUnknown: as set_state.
+            VersionConflict, InvalidKey, InvalidData, PickleNotAllowed, RecordTooLarge: as set_state.
+            UnknownBot, NamespaceUnavailable, OutcomeUnknown: as set_state.
         """
         bot = self._bot(bot_name)
         version: int = bot.write(bot.route.set_data(key, data, expected_version, ttl_s))
@@ -251,8 +251,8 @@ class Storage(_Facade):
         Where there is no record, one is made with empty data.
 
         Raises:
-            VersionConflict, InvalidKey, InvalidState, RecordTooLarge, UnknownBot, NamespaceUnavailable,
-            OutcomeUnknown: as set_state.
+            VersionConflict, InvalidKey, InvalidState, RecordTooLarge: as set_state.
+            UnknownBot, NamespaceUnavailable, OutcomeUnknown: as set_state.
         """
         bot = self._bot(bot_name)
         version: int = bot.write(bot.route.enter_state(key, (flow, state), expected_version, ttl_s))
@@ -273,8 +273,8 @@ class Storage(_Facade):
         there is no record, one is made with flow and state None.
 
         Raises:
-            VersionConflict, InvalidKey, InvalidData, PickleNotAllowed, RecordTooLarge, UnknownBot,
-            NamespaceUnavailable, OutcomeUnknown: as set_state.
+            VersionConflict, InvalidKey, InvalidData, PickleNotAllowed, RecordTooLarge: as set_state.
+            UnknownBot, NamespaceUnavailable, OutcomeUnknown: as set_state.
         """
         bot = self._bot(bot_name)
         content: ContentView = bot.write(bot.route.update_data(key, changes, expected_version, ttl_s))
@@ -312,8 +312,8 @@ class Storage(_Facade):
             InvalidPatch: a field to increment holds no number, or one to append to no list; nothing was
                 changed.
             InvalidData: a field is named twice, or what set_state means by it; nothing was changed.
-            VersionConflict, InvalidKey, PickleNotAllowed, RecordTooLarge, UnknownBot, NamespaceUnavailable,
-            OutcomeUnknown: as set_state.
+            VersionConflict, InvalidKey, PickleNotAllowed, RecordTooLarge: as set_state.
+            UnknownBot, NamespaceUnavailable, OutcomeUnknown: as set_state.
         """
         bot = self._bot(bot_name)
         content: ContentView = bot.write(
@@ -544,7 +544,7 @@ class Storage(_Facade):
         """The bot's options, and where its shards are and what they hold.
 
         Raises:
-            UnknownBot, NamespaceUnavailable
+            UnknownBot, NamespaceUnavailable: as get_state.
         """
         self._check_open()
         return self._directory.describe(bot_name)
@@ -569,7 +569,7 @@ class Storage(_Facade):
         """End the bot's actors. Records in memory go with them.
 
         Raises:
-            UnknownBot, NamespaceUnavailable
+            UnknownBot, NamespaceUnavailable: as get_state.
         """
         self._check_open()
         self._directory.drop(bot_name)
