@@ -16,6 +16,7 @@
 #   stores.owner      who opened a store last
 #   stores.base       what a store must do
 #   stores.keyring    the keys that a store is encrypted with
+#   stores.sealed     the form of what is encrypted, which can be told without keys
 #   stores.cipher     AES-GCM over records and the replies to writes
 #   stores.encrypted  a store whose records are encrypted on their way to another
 #   stores.memory     records that live in the actor alone

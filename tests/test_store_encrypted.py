@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import psycopg
 import pytest
 
+from fsm_ray import protocol
 from fsm_ray.bench.servers import PostgresServer, ValkeyServer, temporary_directory
 from fsm_ray.errors import EncryptionKeysUnusable, NotOwner, StoreCorrupted, StoreMismatch
 from fsm_ray.record import check_blob, front_of
@@ -307,7 +308,7 @@ async def test_a_record_in_the_place_of_an_answer_is_refused(disk: Disk, where: 
     _, blob = sole(disk.contents.records)
     sealed = blob[11:]
 
-    disk.contents.sessions[SESSION] = Answered(ANSWERED.number, b"\xc1" + sealed, ANSWERED.at_s)
+    disk.contents.sessions[SESSION] = Answered(ANSWERED.number, b"\xff" * 4 + sealed, ANSWERED.at_s)
 
     await refused(disk, where, "moved here from elsewhere")
 
@@ -436,6 +437,17 @@ async def test_a_plain_store_is_taken_and_all_of_it_is_stale(plain: Disk, where:
     assert KEY not in plain.contents.records
     change_keys(path, accept_plain=False)
     assert await contents_of(store_on(plain, where)) == Contents(7, {KEY: BLOB}, {SESSION: ANSWERED})
+
+
+async def test_no_plain_answer_passes_for_an_encrypted_one(plain: Disk, where: str, path: Path) -> None:
+    change_keys(path, accept_plain=True)
+    answers = [protocol.reply(protocol.WRITE, 1, [b"\x01"] * writes) for writes in range(300)]
+    sessions = {n.to_bytes(16): Answered(1, answer, 1.0) for n, answer in enumerate(answers)}
+    plain.contents.sessions = sessions
+
+    # A reply begins with its length, so among these are all first bytes.
+    assert len({answer[0] for answer in answers}) == 256
+    assert (await contents_of(store_on(plain, where))).sessions == sessions
 
 
 async def test_garbage_is_not_taken_for_a_plain_record(plain: Disk, where: str, path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from fsm_ray.errors import InvalidInput, MissingExtra
 from fsm_ray.options import BotOptions, make_options
 from fsm_ray.stores.base import Inspectable, OwnedStore, Place, Store
+from fsm_ray.stores.keyring import read_keyring
 from fsm_ray.stores.memory import MemoryStore
 
 _KINDS = {
@@ -44,18 +45,32 @@ def make_store(bot_name: str, shard: int, options: BotOptions) -> Store:
             is_encrypted=where is not None,
         )
     )
-    return store if where is None else _encrypted(store, where)
+    if where is None:
+        return store
+    encrypted: Store = _encrypted(bot_name).EncryptedStore(store, where)
+    return encrypted
 
 
-def inspectable(url: str) -> Any:
+def make_opener(where: str, bot_name: str, shard: int) -> Any:
+    """The `encrypted.Opener` of one shard's store, with the keys that `BotOptions.encryption_keys` names.
+
+    Raises:
+        EncryptionKeysUnusable: they cannot be read.
+        MissingExtra: what decrypts is not installed.
+    """
+    module = _encrypted(bot_name)
+    return module.Opener(module.Cipher(read_keyring(where)), bot_name, shard)
+
+
+def inspectable(url: str, encryption_keys: str | None = None) -> Any:
     """The class of the URL's store, a `Store` that is `Inspectable`.
 
     Raises:
-        InvalidOptions: it is no URL of a store.
+        InvalidOptions: it is no URL of a store, or keys cannot be there.
         InvalidInput: there is nothing to inspect.
         MissingExtra: its driver is not installed.
     """
-    scheme = make_options(None, {"store": url}).store_scheme
+    scheme = make_options(None, {"store": url, "encryption_keys": encryption_keys}).store_scheme
     if scheme not in _KINDS:
         raise InvalidInput("a memory:// store keeps nothing that could be looked at")
     kind = _class_of(scheme, None)
@@ -75,14 +90,12 @@ def _class_of(scheme: str, bot_name: str | None) -> Any:
         ) from error
 
 
-def _encrypted(store: OwnedStore, where: str) -> Store:
+def _encrypted(bot_name: str) -> Any:
     try:
-        module = importlib.import_module("fsm_ray.stores.encrypted")
+        return importlib.import_module("fsm_ray.stores.encrypted")
     except ImportError as error:
         raise MissingExtra(
             f"encryption_keys needs {error.name}, which cannot be imported where the bot's actors run: "
             "pip install 'fsm-ray[encryption]' on all nodes",
-            bot=store.place.bot_name,
+            bot=bot_name,
         ) from error
-    encrypted: Store = module.EncryptedStore(store, where)
-    return encrypted

@@ -28,20 +28,16 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fsm_ray.errors import EncryptionKeysUnusable
 from fsm_ray.stores.keyring import KEY_BYTES, Keyring
+from fsm_ray.stores.sealed import CHECK_BYTES, NUMBER_BYTES, ROW_BYTES, SALT_BYTES, Damaged, ends
 
 MAX_SEALS = 1 << 32
 """After so many, a new key is derived."""
 
-ROW_BYTES = 16
-_SALT_BYTES, _CHECK_BYTES, _NUMBER_BYTES, _NONCE_BYTES, _TAG_BYTES = 16, 4, 8, 12, 16
-_PAD = bytes(_NONCE_BYTES - _NUMBER_BYTES)
+_NONCE_BYTES = 12
+_PAD = bytes(_NONCE_BYTES - NUMBER_BYTES)
 
 Open = Callable[[bytes, bytes, bytes], bytes]
 """AESGCM.decrypt: (nonce, ciphertext, associated data) -> what was sealed."""
-
-
-class Damaged(Exception):
-    """Raised when something sealed is not what was sealed, or not where it was; it stays in the stores."""
 
 
 class Cipher:
@@ -58,7 +54,7 @@ class Cipher:
         if number == MAX_SEALS:
             self._renew()
             number = next(self._numbers)
-        numbered = number.to_bytes(_NUMBER_BYTES, "big")
+        numbered = number.to_bytes(NUMBER_BYTES, "big")
         return self._head + numbered + self._encrypt(_PAD + numbered, plain, bound)
 
     def open(self, sealed: bytes, bound: bytes) -> tuple[str, bytes]:
@@ -68,11 +64,7 @@ class Cipher:
             Damaged: this was not sealed with that key and `bound`, or was changed since.
             EncryptionKeysUnusable: the keyring lacks the key, or has another one under its id.
         """
-        id_end = 1 + sealed[0] if sealed else 1
-        head_end = id_end + _SALT_BYTES + _CHECK_BYTES
-        number_end = head_end + _NUMBER_BYTES
-        if len(sealed) < number_end + _TAG_BYTES:
-            raise Damaged("it is cut off")
+        id_end, head_end, number_end = ends(sealed)
         head = sealed[:head_end]
         opener = self._openers.get(head) or self._opener(head, id_end)
         try:
@@ -103,14 +95,14 @@ class Cipher:
     def _renew(self) -> None:
         """Derive a new key to seal with."""
         key_id = self.keyring.current
-        key, salt = self.keyring.keys[key_id], secrets.token_bytes(_SALT_BYTES)
+        key, salt = self.keyring.keys[key_id], secrets.token_bytes(SALT_BYTES)
         self._head = bytes([len(key_id)]) + key_id.encode() + salt + _check(key, salt)
         self._encrypt = AESGCM(_derived(key, salt, "seal")).encrypt
         self._numbers = itertools.count()
 
     def _opener(self, head: bytes, id_end: int) -> Open:
         key_id = head[1:id_end].decode(errors="replace")
-        salt, check = head[id_end : id_end + _SALT_BYTES], head[id_end + _SALT_BYTES :]
+        salt, check = head[id_end : id_end + SALT_BYTES], head[id_end + SALT_BYTES :]
         key = self.keyring.keys.get(key_id)
         if key is None:
             raise EncryptionKeysUnusable(
@@ -135,4 +127,4 @@ def _derived(key: bytes, salt: bytes, purpose: str, size: int = KEY_BYTES) -> by
 
 def _check(key: bytes, salt: bytes) -> bytes:
     """Tells a wrong key from damage: derived apart from all else, it says nothing of the key."""
-    return _derived(key, salt, "check", _CHECK_BYTES)
+    return _derived(key, salt, "check", CHECK_BYTES)

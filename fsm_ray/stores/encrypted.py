@@ -7,7 +7,8 @@ nor whose it is, nor what a write was answered:
     record              an array of four, [nil, nil, [{}, 0], sealed]: a record as stores check it, without
                         flow, state and version, and longer than a plain one, which is an array of three;
                         sealed are the conversation's key and the plain record
-    session's answer    its number and time, and the reply: the byte c1, which begins no plain one, and sealed
+    session's answer    its number and time, and the reply: ff ff ff ff, a length that no plain one begins
+                        with, and sealed
 
 A seal is bound to the bot, the shard, and the row or session, number and time: it opens nowhere else. What
 remains possible for who can write to the store is to delete, and to put back what was in that very place
@@ -23,27 +24,105 @@ import logging
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import msgspec
 
 from fsm_ray.errors import EncryptionKeysUnusable, FsmRayError, StoreCorrupted, StoreUnavailable
 from fsm_ray.record import check_blob
 from fsm_ray.stores.base import Answered, Batch, Contents, OwnedStore, RotatingStore, Stale, lease_clock
-from fsm_ray.stores.cipher import Cipher, Damaged
+from fsm_ray.stores.cipher import Cipher
 from fsm_ray.stores.keyring import read_keyring
+from fsm_ray.stores.sealed import (
+    LENGTH_BYTES,
+    NOT_ENCRYPTED,
+    RECORD_MARK,
+    REPLY_MARK,
+    TWICE,
+    Damaged,
+    in_record,
+    in_reply,
+)
 
 logger = logging.getLogger(__name__)
 
-_RECORD_MARK = b"\x94\xc0\xc0\x92\x80\x00\xc6"
-"""How an encrypted record begins; the length of what is sealed follows, in four bytes."""
-
-_REPLY_MARK = b"\xc1"
 _PLAIN_RECORD = b"\x93"
-_LENGTH_BYTES = 4
-_SEAL_START = len(_RECORD_MARK) + _LENGTH_BYTES
 
 _RowOf = Callable[[bytes], bytes]
+
+
+class OpenedRecord(NamedTuple):
+    """A record as it was before it was encrypted."""
+
+    key_id: str | None
+    """Of the key that it was encrypted with; None: it is plain."""
+    key: bytes
+    """The conversation's."""
+    blob: bytes
+
+
+class OpenedReply(NamedTuple):
+    """The same of a reply."""
+
+    key_id: str | None
+    reply: bytes
+
+
+class Opener:
+    """Opens what lies in the store of one shard."""
+
+    def __init__(self, cipher: Cipher, bot_name: str, shard: int) -> None:
+        self._cipher = cipher
+        self._record_bound = record_bound(bot_name, shard)
+        self._session_bound = session_bound(bot_name, shard)
+
+    @property
+    def accepts_plain(self) -> bool:
+        """See `Keyring.accepts_plain`."""
+        return self._cipher.keyring.accepts_plain
+
+    def record(self, row: bytes, blob: bytes) -> OpenedRecord:
+        """What is in the blob of this row.
+
+        Raises:
+            Damaged: it is not what a shard wrote there, or plain, and should not be.
+            EncryptionKeysUnusable: see `Cipher.open`.
+        """
+        sealed = in_record(blob)
+        if sealed is None:
+            self._check_plain()
+            _check_record(blob)
+            return OpenedRecord(None, row, blob)
+        key_id, plain = self._cipher.open(sealed, self._record_bound + row)
+        end = LENGTH_BYTES + int.from_bytes(plain[:LENGTH_BYTES], "big")
+        return OpenedRecord(key_id, plain[LENGTH_BYTES:end], plain[end:])
+
+    def reply(self, session: bytes, answered: Answered) -> OpenedReply:
+        """The reply of the session's answer; raises as `record`."""
+        sealed = in_reply(answered.reply)
+        if sealed is None:
+            self._check_plain()
+            return OpenedReply(None, answered.reply)
+        bound = self._session_bound + _bound_answer(session, answered)
+        return OpenedReply(*self._cipher.open(sealed, bound))
+
+    def _check_plain(self) -> None:
+        if not self.accepts_plain:
+            raise Damaged(NOT_ENCRYPTED)
+
+
+def record_bound(bot_name: str, shard: int) -> bytes:
+    """What the seal of a record is bound to, before its row."""
+    return f"fsm_ray 1 record {bot_name}/{shard} ".encode()
+
+
+def session_bound(bot_name: str, shard: int) -> bytes:
+    """What the seal of a reply is bound to, before its number, time and session."""
+    return f"fsm_ray 1 session {bot_name}/{shard} ".encode()
+
+
+def _bound_answer(session: bytes, answered: Answered) -> bytes:
+    return struct.pack("!Qd", answered.number, answered.at_s) + session
 
 
 @dataclass(slots=True)
@@ -71,10 +150,8 @@ class EncryptedStore(RotatingStore):
         self._where = where
         self._clock = clock
         self._keys: _Keys | None = None
-        place = inner.place
-        shard = f"{place.bot_name}/{place.shard}"
-        self._record_bound = f"fsm_ray 1 record {shard} ".encode()
-        self._session_bound = f"fsm_ray 1 session {shard} ".encode()
+        self._record_bound = record_bound(inner.place.bot_name, inner.place.shard)
+        self._session_bound = session_bound(inner.place.bot_name, inner.place.shard)
 
     @property
     def key_id(self) -> str:
@@ -130,12 +207,12 @@ class EncryptedStore(RotatingStore):
             if blob is None:
                 records[row] = None
             else:
-                sealed = seal(len(key).to_bytes(_LENGTH_BYTES, "big") + key + blob, bound + row)
-                records[row] = _RECORD_MARK + len(sealed).to_bytes(_LENGTH_BYTES, "big") + sealed
+                sealed = seal(len(key).to_bytes(LENGTH_BYTES, "big") + key + blob, bound + row)
+                records[row] = RECORD_MARK + len(sealed).to_bytes(LENGTH_BYTES, "big") + sealed
         sessions = {
             session: Answered(
                 answered.number,
-                _REPLY_MARK + seal(answered.reply, self._bound_of(session, answered)),
+                REPLY_MARK + seal(answered.reply, self._session_bound + _bound_answer(session, answered)),
                 answered.at_s,
             )
             for session, answered in batch.sessions.items()
@@ -188,24 +265,22 @@ class EncryptedStore(RotatingStore):
     def _row_maker(self, cipher: Cipher, key_id: str | None) -> _RowOf:
         return bytes if key_id is None else cipher.row_maker(key_id, self.inner.place.bot_name)
 
-    def _bound_of(self, session: bytes, answered: Answered) -> bytes:
-        return self._session_bound + struct.pack("!Qd", answered.number, answered.at_s) + session
-
     def _decrypted(self, cipher: Cipher, sealed: Contents) -> tuple[_Keys, Contents]:
         """What the store holds; the sealed records are given up one by one, for the sake of memory."""
         current = cipher.keyring.current
+        opener = Opener(cipher, self.inner.place.bot_name, self.inner.place.shard)
         contents, stale = Contents(sealed.version), Stale()
         key_ids: set[str | None] = set()
         try:
             while sealed.records:
                 row, blob = sealed.records.popitem()
-                key_id, key, contents_blob = self._opened_record(cipher, row, blob, contents)
+                key_id, key, contents_blob = self._opened_record(opener, row, blob, contents)
                 contents.records[key] = contents_blob
                 if key_id != current:
                     key_ids.add(key_id)
                     stale.keys.append(key)
             for session, answered in sealed.sessions.items():
-                key_id, reply = self._opened_reply(cipher, session, answered)
+                key_id, reply = self._opened_reply(opener, session, answered)
                 contents.sessions[session] = Answered(answered.number, reply, answered.at_s)
                 if key_id != current:
                     key_ids.add(key_id)
@@ -216,39 +291,23 @@ class EncryptedStore(RotatingStore):
         earlier = {key_id: self._row_maker(cipher, key_id) for key_id in key_ids}
         return _Keys(cipher, self._row_maker(cipher, current), earlier), contents
 
-    def _opened_record(
-        self, cipher: Cipher, row: bytes, blob: bytes, contents: Contents
-    ) -> tuple[str | None, bytes, bytes]:
-        """The id of what encrypted it, None where it is plain; its conversation's key; the plain record."""
+    def _opened_record(self, opener: Opener, row: bytes, blob: bytes, contents: Contents) -> OpenedRecord:
+        what = f"the record in row {row.hex()}"
         try:
-            if blob.startswith(_RECORD_MARK):
-                key_id: str | None
-                key_id, plain = cipher.open(_sealed_in(blob), self._record_bound + row)
-                end = _LENGTH_BYTES + int.from_bytes(plain[:_LENGTH_BYTES], "big")
-                key, blob = plain[_LENGTH_BYTES:end], plain[end:]
-            else:
-                key_id, key = None, row
-                _check_plain(cipher)
-                _check_record(blob)
+            opened = opener.record(row, blob)
         except Damaged as error:
-            self._corrupted(f"the record in row {row.hex()}", error)
-        if key in contents.records:
-            twice = Damaged("another row has the same conversation: one of them was put back")
-            self._corrupted(f"the record in row {row.hex()}", twice)
-        return key_id, key, blob
+            self._corrupted(what, error)
+        if opened.key in contents.records:
+            self._corrupted(what, TWICE)
+        return opened
 
-    def _opened_reply(self, cipher: Cipher, session: bytes, answered: Answered) -> tuple[str | None, bytes]:
-        """The id of the key that it was encrypted with, None: it is plain; and the reply."""
-        reply = answered.reply
+    def _opened_reply(self, opener: Opener, session: bytes, answered: Answered) -> OpenedReply:
         try:
-            if reply.startswith(_REPLY_MARK):
-                return cipher.open(reply[len(_REPLY_MARK) :], self._bound_of(session, answered))
-            _check_plain(cipher)
+            return opener.reply(session, answered)
         except Damaged as error:
             self._corrupted(f"the answer of session {session.hex()}", error)
-        return None, reply
 
-    def _corrupted(self, what: str, error: Exception) -> NoReturn:
+    def _corrupted(self, what: str, error: Damaged | str) -> NoReturn:
         raise StoreCorrupted(
             f"{self.inner.name}: {what} cannot be used: {error}. Nothing was changed; restore it from "
             "a backup",
@@ -260,21 +319,6 @@ class EncryptedStore(RotatingStore):
         told = type(error)(f"{self.inner.name}: {error}", **vars(error))
         told.bot = self.inner.place.bot_name
         return told
-
-
-def _sealed_in(blob: bytes) -> bytes:
-    sealed = blob[_SEAL_START:]
-    if blob[len(_RECORD_MARK) : _SEAL_START] != len(sealed).to_bytes(_LENGTH_BYTES, "big"):
-        raise Damaged("it is cut off, or something was added to it")
-    return sealed
-
-
-def _check_plain(cipher: Cipher) -> None:
-    if not cipher.keyring.accepts_plain:
-        raise Damaged(
-            "it is not encrypted, and all here should be. If the store was being encrypted, and that did not "
-            'come to its end, set "accept_plain": true beside the keys; if not, somebody else wrote it'
-        )
 
 
 def _check_record(blob: bytes) -> None:

@@ -88,12 +88,17 @@ def add_key(path: Path, key_id: str) -> None:
     _write(path, _File(key_id, {**file.keys, key_id: _new_key()}, file.accept_plain), is_new=False)
 
 
+def is_key_id(text: str) -> bool:
+    """Whether a key can be called so."""
+    return _ID.fullmatch(text) is not None
+
+
 def _from_environment(name: str) -> bytes:
     text = os.environ.get(name)
     if not text:
         raise EncryptionKeysUnusable(
-            f"the environment variable {name} with the encryption keys is not set where the bot's actors "
-            "run: set it before `ray start`, on every node"
+            f"the environment variable {name} with the encryption keys is not set here: where a bot's "
+            "actors run, set it before `ray start`, on every node"
         )
     return text.encode()
 
@@ -112,8 +117,8 @@ def _from_file(path: Path) -> bytes:
             return file.read()
     except OSError as error:
         raise EncryptionKeysUnusable(
-            f"the encryption keys in {path} cannot be read where the bot's actors run: {error.strerror}. "
-            "Every node on which shards may start needs the file; `fsm-ray keys new` makes one"
+            f"the encryption keys in {path} cannot be read here: {error.strerror}. Every node on "
+            "which shards may start needs the file; `fsm-ray keys new` makes one"
         ) from error
 
 
@@ -147,7 +152,7 @@ def _key_bytes(key_id: str, encoded: str) -> bytes:
 
 
 def _checked_id(key_id: str) -> str:
-    if _ID.fullmatch(key_id):
+    if is_key_id(key_id):
         return key_id
     raise EncryptionKeysUnusable(f"key id {key_id!r}: an id is 1 to 32 letters, digits or _ . -")
 
