@@ -1,29 +1,38 @@
 """Verification: whether what a store holds is what shards of a bot have written there.
 
 Nothing is written, no ownership is taken, and no actor is needed; one may run, and notices nothing. Keys and
-values are looked through without importing the classes of those that are objects.
+values are looked through without importing the classes of those that are objects. What is encrypted is opened
+with its keys, or else looked at from outside: its form, and in which row it lies. No finding tells what is in
+a record that was opened.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from fsm_ray.codec import check_key, slot_of
-from fsm_ray.errors import FsmRayError, InvalidInput, StoreCorrupted, StoreMismatch
+from fsm_ray.errors import EncryptionKeysUnusable, FsmRayError, InvalidInput, StoreCorrupted, StoreMismatch
 from fsm_ray.options import SLOTS, check_bot_name
 from fsm_ray.record import check_blob, front_of
-from fsm_ray.stores.base import Inspectable, Place, Row, decode_answered
-from fsm_ray.stores.by_url import inspectable
-from fsm_ray.stores.owner import FORMAT, Owner, decode_owner
+from fsm_ray.stores.base import Answered, Inspectable, Place, Row, decode_answered
+from fsm_ray.stores.by_url import inspectable, make_opener
+from fsm_ray.stores.owner import ENCRYPTED_FORMAT, FORMAT, Owner, decode_owner
+from fsm_ray.stores.sealed import NOT_ENCRYPTED, ROW_BYTES, TWICE, Damaged, in_record, in_reply, key_id_of
+
+if TYPE_CHECKING:
+    from fsm_ray.stores.encrypted import Opener
 
 _MAX_FINDINGS = 100
 """Of one shard that are told one by one."""
+
+_HIDDEN = (None, None, 0)
+"""What a store shows of an encrypted record."""
 
 _UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
@@ -46,6 +55,13 @@ class ShardReport:
     version: int | None = None
     records: int = 0
     sessions: int = 0
+    encrypted_records: int = 0
+    encrypted_sessions: int = 0
+    """Whose answers are encrypted."""
+    key_ids: set[str] = field(default_factory=set)
+    """Of the keys that these say they were encrypted with."""
+    is_opened: bool = False
+    """Whether they were opened, with keys."""
     findings: list[Finding] = field(default_factory=list)
     more_findings: int = 0
     """Beyond those that are told one by one."""
@@ -58,43 +74,69 @@ class ShardReport:
             self.more_findings += 1
 
 
-async def verify(url: str, bot_name: str | None = None) -> AsyncGenerator[ShardReport, None]:
+async def verify(
+    url: str, bot_name: str | None = None, *, encryption_keys: str | None = None
+) -> AsyncGenerator[ShardReport, None]:
     """Look through the store of each shard at the URL, of one bot or of all.
 
+    With `encryption_keys`, as in `BotOptions`, what is encrypted is opened, and all should be. The keys are
+    read in this process.
+
     Raises:
+        EncryptionKeysUnusable: the keys cannot be read, or open nothing in a shard.
         InvalidInput: the URL's store keeps nothing, or cannot tell which bots it has.
         InvalidOptions, InvalidBotName: the URL, or the name, is none.
         MissingExtra: the store's driver is not installed here.
         StoreUnavailable: it cannot be reached.
     """
-    kind = inspectable(url)
+    source = _Source(inspectable(url, encryption_keys), url, encryption_keys)
     if bot_name is None:
-        for bot, places in itertools.groupby(await kind.places(url), key=lambda place: place[0]):
-            async for report in _verify_bot(kind, url, bot, [shard for _, shard in places]):
+        for bot, places in itertools.groupby(await source.kind.places(url), key=lambda place: place[0]):
+            async for report in _verify_bot(source, bot, [shard for _, shard in places]):
                 yield report
     else:
         check_bot_name(bot_name)
-        async for report in _verify_bot(kind, url, bot_name, await _shards_of(kind, url, bot_name)):
+        async for report in _verify_bot(source, bot_name, await _shards_of(source, bot_name)):
             yield report
 
 
-async def _shards_of(kind: Any, url: str, bot_name: str) -> list[int]:
+@dataclass(frozen=True)
+class _Source:
+    """What is verified."""
+
+    kind: Any
+    """A class of stores that are `Inspectable`."""
+    url: str
+    encryption_keys: str | None
+
+    def store(self, bot_name: str, shard: int) -> Inspectable:
+        place = Place(url=self.url, bot_name=bot_name, shard=shard, shards=1, lease_s=5.0)
+        store: Inspectable = self.kind(place)
+        return store
+
+    def opener(self, bot_name: str, shard: int) -> Opener | None:
+        keys = self.encryption_keys
+        opener: Opener | None = None if keys is None else make_opener(keys, bot_name, shard)
+        return opener
+
+
+async def _shards_of(source: _Source, bot_name: str) -> list[int]:
     """The bot's shards; where the store cannot list them, those that the first one tells of."""
     try:
-        return [shard for bot, shard in await kind.places(url) if bot == bot_name]
+        return [shard for bot, shard in await source.kind.places(source.url) if bot == bot_name]
     except InvalidInput:
-        first = await _verify_shard(_store(kind, url, bot_name, 0), bot_name, 0)
+        first = await _verify_shard(source, bot_name, 0)
         return list(range(1 if first.owner is None else first.owner.shards))
 
 
 async def _verify_bot(
-    kind: Any, url: str, bot_name: str, shards: Iterable[int]
+    source: _Source, bot_name: str, shards: Iterable[int]
 ) -> AsyncGenerator[ShardReport, None]:
     """Look through these shards, and at what they say of each other."""
     count: int | None = None
     seen: set[int] = set()
     for shard in sorted(shards):
-        report = await _verify_shard(_store(kind, url, bot_name, shard), bot_name, shard)
+        report = await _verify_shard(source, bot_name, shard)
         if report.owner is not None:
             count = report.owner.shards if count is None else count
             if report.owner.shards != count:
@@ -108,24 +150,21 @@ async def _verify_bot(
             yield missing
 
 
-def _store(kind: Any, url: str, bot_name: str, shard: int) -> Inspectable:
-    store: Inspectable = kind(Place(url=url, bot_name=bot_name, shard=shard, shards=1, lease_s=5.0))
-    return store
-
-
-async def _verify_shard(store: Inspectable, bot_name: str, shard: int) -> ShardReport:
+async def _verify_shard(source: _Source, bot_name: str, shard: int) -> ShardReport:
     report = ShardReport(bot_name, shard)
+    seals = _Seals(report, source.opener(bot_name, shard))
     newest, newest_where, has_owner = 0, "", False
     try:
-        async with aclosing(store.rows()) as rows:
+        async with aclosing(source.store(bot_name, shard).rows()) as rows:
             async for row in rows:
-                version = _check(report, row)
+                version = _check(report, row, seals)
                 has_owner |= row.kind == "owner"
                 if version > newest:
                     newest, newest_where = version, row.where
     except (StoreCorrupted, StoreMismatch) as error:
         report.find("the whole shard", str(error))
         return report
+    seals.settle()
     if not has_owner:
         report.find("owner", "it has none")
     if report.version is None:
@@ -135,14 +174,119 @@ async def _verify_shard(store: Inspectable, bot_name: str, shard: int) -> ShardR
     return report
 
 
-def _check(report: ShardReport, row: Row) -> int:
+class _Seals:
+    """Opens what is encrypted in one shard, or looks at it from outside."""
+
+    def __init__(self, report: ShardReport, opener: Opener | None) -> None:
+        report.is_opened = opener is not None
+        self._report = report
+        self._opener = opener
+        self._opened = 0
+        self._rows: dict[bytes, bytes] = {}
+        """Conversation -> its row."""
+        self._unusable: dict[str | None, _Unusable] = {}
+
+    def record(self, row: Row) -> Row | None:
+        """The record in the row, under its conversation's key; None where no more of it can be checked."""
+        with self._told(row):
+            sealed = in_record(row.value)
+            if sealed is None:
+                if self._is_encrypted:
+                    self._check_plain()
+                    self._check_once(row, row.key)
+                return row
+            self._report.encrypted_records += 1
+            self._report.key_ids.add(key_id_of(sealed))
+            if len(row.key) != ROW_BYTES or row.shown not in {None, _HIDDEN}:
+                self._report.find(row.where, "nothing encrypted lies in such a row")
+            if self._opener is not None:
+                _, key, blob = self._opener.record(row.key, row.value)
+                self._opened += 1
+                self._check_once(row, key)
+                return row._replace(key=key, value=blob, slot=None, shown=None)
+        return None
+
+    def reply(self, row: Row, answered: Answered) -> bytes | None:
+        """The session's reply; None where no more of it can be checked."""
+        with self._told(row):
+            sealed = in_reply(answered.reply)
+            if sealed is None:
+                if self._is_encrypted:
+                    self._check_plain()
+                return answered.reply
+            self._report.encrypted_sessions += 1
+            self._report.key_ids.add(key_id_of(sealed))
+            if self._opener is not None:
+                _, reply = self._opener.reply(row.key, answered)
+                self._opened += 1
+                return reply
+        return None
+
+    def settle(self) -> None:
+        """Tell what can be known of the whole shard alone.
+
+        Raises:
+            EncryptionKeysUnusable: nothing could be opened.
+        """
+        report = self._report
+        if report.owner is not None and not self._is_encrypted:
+            should_be = self._opener is not None and not self._opener.accepts_plain
+            if should_be or report.encrypted_records or report.encrypted_sessions:
+                report.find("owner", "it says that the store is not encrypted, or somebody made it say so")
+        for each in self._unusable.values():
+            if not self._opened:
+                raise EncryptionKeysUnusable(
+                    f"shard {report.shard} of bot {report.bot_name!r}: {each.error}",
+                    bot=report.bot_name,
+                    key_id=each.error.key_id,
+                )
+            others = f"; and so it is with {each.rows - 1:,} more" if each.rows > 1 else ""
+            report.find(each.where, f"{each.error}{others}")
+
+    @property
+    def _is_encrypted(self) -> bool:
+        """Whether the store says that it is."""
+        owner = self._report.owner
+        return owner is not None and owner.format == ENCRYPTED_FORMAT
+
+    def _check_plain(self) -> None:
+        if self._opener is None or not self._opener.accepts_plain:
+            raise Damaged(NOT_ENCRYPTED)
+
+    def _check_once(self, row: Row, key: bytes) -> None:
+        # A row may come twice.
+        if self._rows.setdefault(key, row.key) != row.key:
+            self._report.find(row.where, f"{TWICE}, if no keys were rotated meanwhile")
+
+    @contextmanager
+    def _told(self, row: Row) -> Iterator[None]:
+        """Tell what is wrong with the row, and go on."""
+        try:
+            yield
+        except Damaged as error:
+            self._report.find(row.where, str(error))
+        except EncryptionKeysUnusable as error:
+            self._unusable.setdefault(error.key_id, _Unusable(row.where, error)).rows += 1
+
+
+@dataclass
+class _Unusable:
+    """What could not be opened for want of one key."""
+
+    where: str
+    """The first of these rows."""
+    error: EncryptionKeysUnusable
+    rows: int = 0
+
+
+def _check(report: ShardReport, row: Row, seals: _Seals) -> int:
     """Look at one row; the version of a record, else 0."""
     if row.kind == "record":
-        return _check_record(report, row)
+        return _check_record(report, row, seals)
     if row.kind == "owner":
         _check_owner(report, row)
     elif row.kind == "session":
-        _check_session(report, row)
+        _check_session(report, row, seals)
     elif row.kind == "version":
         report.version = int.from_bytes(row.value, "big")
     else:
@@ -157,10 +301,11 @@ def _check_owner(report: ShardReport, row: Row) -> None:
         report.find(row.where, f"the owner cannot be read: {error}")
         return
     report.owner = owner
-    if (owner.format, owner.slots) != (FORMAT, SLOTS):
+    if owner.format not in {FORMAT, ENCRYPTED_FORMAT} or owner.slots != SLOTS:
         report.find(
             row.where,
-            f"it has format {owner.format} and {owner.slots} slots; this fsm_ray has {FORMAT} and {SLOTS}",
+            f"it has format {owner.format} and {owner.slots} slots; this fsm_ray has {FORMAT}, or "
+            f"{ENCRYPTED_FORMAT} encrypted, and {SLOTS}",
         )
     if (owner.bot_name, owner.shard) != (report.bot_name, report.shard):
         report.find(row.where, f"it is shard {owner.shard} of bot {owner.bot_name!r}")
@@ -168,45 +313,53 @@ def _check_owner(report: ShardReport, row: Row) -> None:
         report.find(row.where, f"it has number {owner.shard} of {owner.shards} shards")
 
 
-def _check_session(report: ShardReport, row: Row) -> None:
+def _check_session(report: ShardReport, row: Row, seals: _Seals) -> None:
     report.sessions += 1
     try:
         answered = decode_answered(row.value)
-        _, number, _ = _decode_reply(answered.reply[4:])
+        reply = seals.reply(row, answered)
+        if reply is None:
+            return
+        _, number, _ = _decode_reply(reply[4:])
     except _UNREADABLE as error:
         report.find(row.where, f"the session's last answer cannot be read: {error}")
         return
-    if int.from_bytes(answered.reply[:4], "little") != len(answered.reply) - 4:
+    if int.from_bytes(reply[:4], "little") != len(reply) - 4:
         report.find(row.where, "the session's last answer has not the length that it says")
     if number != answered.number:
         report.find(row.where, f"the answer to write {number} is kept as that to {answered.number}")
 
 
-def _check_record(report: ShardReport, row: Row) -> int:
-    """The record's version; 0 where it has none."""
+def _check_record(report: ShardReport, row: Row, seals: _Seals) -> int:
+    """The record's version; 0 where it has none, or it cannot be seen."""
     report.records += 1
-    _check_place(report, row)
+    if row.slot != slot_of(row.key):
+        report.find(row.where, f"it lies in slot {row.slot}, and its key belongs to {slot_of(row.key)}")
+    plain = seals.record(row)
+    if plain is None:
+        return 0
+    _check_key(report, plain, is_shown=plain is row)
     try:
-        check_blob(row.value)
+        check_blob(plain.value)
     except _UNREADABLE as error:
         report.find(row.where, f"it is no record: {error}")
         return 0
-    flow, state, version = front_of(row.value)
-    if row.shown is not None and row.shown != (_shown(flow), _shown(state), version):
-        report.find(row.where, f"beside {(flow, state, version)} in the blob, the columns have {row.shown}")
+    flow, state, version = front_of(plain.value)
+    if plain.shown is not None and plain.shown != (_shown(flow), _shown(state), version):
+        report.find(row.where, f"beside {(flow, state, version)} in the blob, the columns have {plain.shown}")
     return version
 
 
-def _check_place(report: ShardReport, row: Row) -> None:
+def _check_key(report: ShardReport, row: Row, *, is_shown: bool) -> None:
+    """Look whether the conversation's key is one, and of this shard; tell of it only what may be shown."""
     try:
         check_key(row.key)
     except FsmRayError as error:
-        report.find(row.where, str(error))
-    slot = slot_of(row.key)
-    if row.slot != slot:
-        report.find(row.where, f"it lies in slot {row.slot}, and its key belongs to {slot}")
-    elif report.owner is not None and slot * report.owner.shards // SLOTS != report.shard:
-        belongs = slot * report.owner.shards // SLOTS
+        report.find(row.where, str(error) if is_shown else "what is encrypted there has no key")
+    if report.owner is None:
+        return
+    belongs = slot_of(row.key) * report.owner.shards // SLOTS
+    if belongs != report.shard and row.slot in {None, slot_of(row.key)}:
         report.find(row.where, f"its key belongs to shard {belongs} of {report.owner.shards}")
 
 

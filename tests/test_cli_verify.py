@@ -237,7 +237,7 @@ async def test_a_damaged_owner_and_another_shards_records_are_found(kind: Kind) 
     [report, missing] = await reports(kind)
     found = "\n".join(problems(report))
 
-    assert "it has format 0 and 4096 slots; this fsm_ray has 1 and 4096" in found
+    assert "it has format 0 and 4096 slots; this fsm_ray has 1, or 2 encrypted, and 4096" in found
     assert "it is shard 1 of bot 'another'" in found
     assert "its key belongs to shard 1 of 2" in found
     assert (missing.bot_name, missing.shard, missing.findings[0].problem) == (

@@ -25,13 +25,22 @@ def verify(
         typer.Argument(metavar="BOT", help="One bot. Default: all that are there.", show_default=False),
     ] = None,
     *,
+    encryption_keys: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHERE",
+            help="The bot's `encryption_keys=`: `file:///keys.json` or `env:NAME`. They are read here.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check what a store holds, without Ray. Nothing is written, and the bot may run meanwhile.
 
     Checked are: who owns each shard, and in which format; that records, keys and the answers to writes can be
     read; that each record lies in the shard and slot of its key, and none is of a later version than its
-    shard. A rocksdb store is read where its directory is: on the bot's node.
+    shard. A rocksdb store is read where its directory is: on the bot's node. What is encrypted is opened with
+    --encryption-keys, and all should be encrypted then, unless the keys' file accepts plain records; without
+    them, only its form is checked.
     """
     import asyncio
 
@@ -39,7 +48,7 @@ def verify(
         from fsm_ray.verification import verify as reports
 
         found = []
-        async for report in reports(store, bot_name):
+        async for report in reports(store, bot_name, encryption_keys=encryption_keys):
             _tell(report, as_json=as_json)
             found.append(report)
         return found
@@ -109,10 +118,23 @@ def _tell(report: ShardReport, *, as_json: bool) -> None:
         f"{report.bot_name} shard {report.shard}{shards}: {report.records:,} records, "
         f"{report.sessions:,} sessions, version {report.version}"
     )
+    if hint := _unseen(report):
+        typer.echo(f"  {hint}")
     for finding in report.findings:
         typer.echo(printable(f"  {finding.where}: {finding.problem}"))
     if report.more_findings:
         typer.echo(f"  and {report.more_findings:,} more")
+
+
+def _unseen(report: ShardReport) -> str | None:
+    """What was not looked into for want of keys, and how to."""
+    if report.is_opened or not (report.encrypted_records or report.encrypted_sessions):
+        return None
+    ids = f" with {', '.join(sorted(report.key_ids))}" if report.key_ids else ""
+    return (
+        f"{report.encrypted_records:,} records and {report.encrypted_sessions:,} sessions are encrypted{ids},"
+        " and were not looked into: give --encryption-keys"
+    )
 
 
 def _to_json(report: ShardReport) -> dict[str, Any]:
@@ -125,6 +147,10 @@ def _to_json(report: ShardReport) -> dict[str, Any]:
         "version": report.version,
         "records": report.records,
         "sessions": report.sessions,
+        "encrypted_records": report.encrypted_records,
+        "encrypted_sessions": report.encrypted_sessions,
+        "key_ids": sorted(report.key_ids),
+        "unseen": _unseen(report),
         "findings": [{"where": each.where, "problem": each.problem} for each in report.findings],
         "more_findings": report.more_findings,
     }
