@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ import fsm_ray
 from fsm_ray import State, Storage, cli
 from fsm_ray.cli import doctor
 from fsm_ray.cli.texts import key_text, read_data, read_key
-from fsm_ray.errors import InvalidData, InvalidKey, NamespaceUnavailable, PickleNotAllowed, UnknownBot
+from fsm_ray.errors import (
+    EncryptionKeysUnusable,
+    InvalidData,
+    InvalidKey,
+    NamespaceUnavailable,
+    PickleNotAllowed,
+    UnknownBot,
+)
+from fsm_ray.notes import Version
 from fsm_ray.routing import directory
 
 from .conftest import DEADLINE_S, RayCluster
@@ -374,6 +383,56 @@ def test_bots_are_listed_and_described_without_passwords(
         assert "redis://me:***@host/0" in out
         assert "s3cret" not in out
     assert json.loads(out)["shards"][1]["statistics"]["records"] == description.shards[1].statistics.records
+
+
+@pytest.mark.ray
+def test_versions_that_differ_and_where_the_keys_are_is_told(
+    run: Run, bot: str, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = storage.describe(bot)
+    cure = f"install fsm_ray {fsm_ray.__version__} on all nodes, and run: fsm-ray upgrade {bot}"
+
+    def pretend(versions: list[Version | None], keys: str | None) -> None:
+        shards = [
+            replace(shard, version=version) for shard, version in zip(found.shards, versions, strict=True)
+        ]
+        options = found.options.model_copy(update={"encryption_keys": keys})
+        description = directory.BotDescription(bot, options, shards)
+        monkeypatch.setattr(Storage, "describe", lambda *_: description)
+
+    pretend([Version(), Version()], "env:KEYS")
+    for outcome in (run("describe", bot)[1], doctor._check_bot(storage, bot).told):
+        assert "env:KEYS" in outcome
+        assert "unknown version" not in outcome
+        assert "To mend it" not in outcome
+    assert doctor._check_bot(storage, bot).outcome == "ok"
+    [told] = objects(run("describe", bot, "--json")[1])
+    assert (told["is_encrypted"], told["other_versions"]) == (True, None)
+
+    pretend([None, Version("0.0.9", 1)], None)
+    others = f"shard 0: an unknown version; shard 1: fsm_ray 0.0.9 (protocol 1); here: {Version()}"
+    out = " ".join(run("describe", bot)[1].split())
+    assert f"Not all is of one version. {others}. To mend it: {cure}" in out
+    assert "encryption_keys - (what its store keeps is not encrypted)" in out
+    [told] = objects(run("describe", bot, "--json")[1])
+    assert (told["is_encrypted"], told["other_versions"]) == (False, others)
+    check = doctor._check_bot(storage, bot)
+    assert (check.outcome, check.cure) == ("hint", cure)
+    assert others in check.told
+
+
+def test_keys_that_a_bots_node_cannot_read_are_its_nodes_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise EncryptionKeysUnusable("they cannot be read")
+
+    monkeypatch.setattr(Storage, "describe", refuse)
+    with Storage() as storage:
+        check = doctor._check_bot(storage, "bot")
+
+    assert (check.outcome, check.cure) == (
+        "problem",
+        "see to the keys on the nodes of its actors; they are not needed here",
+    )
 
 
 @pytest.mark.ray

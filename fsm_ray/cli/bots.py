@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -10,6 +11,7 @@ from fsm_ray.cli.shared import Address, AsJson, BotName, Yes, attached, confirm,
 from fsm_ray.errors import NamespaceUnavailable
 
 if TYPE_CHECKING:
+    from fsm_ray.hosting import ShardDescription
     from fsm_ray.routing.directory import BotDescription
     from fsm_ray.storage import Storage
 
@@ -28,7 +30,8 @@ def describe(bot_name: BotName, *, address: Address = None, as_json: AsJson = Fa
     """Show a bot's options, and where its shards are, what they hold and do.
 
     Passwords in the store's URL are not shown. `size` is what keys and records take in the actors' memory;
-    `recovery` is how long it took to load them, the last time.
+    `recovery` is how long it took to load them, the last time; `version` is the fsm_ray that an actor runs.
+    Of encryption keys, it is shown where they are.
     """
     with attached(address) as storage, status(f"Asking the shards of {bot_name}"):
         description = storage.describe(bot_name)
@@ -74,6 +77,29 @@ def _at_stake(storage: Storage, bot_name: str) -> tuple[str, str]:
     return what, f"Its records stay in {redacted(options.store)}."
 
 
+def other_versions(shards: Iterable[ShardDescription]) -> str | None:
+    """Which shards run another fsm_ray than this process; None: none of them does."""
+    from fsm_ray.notes import Version
+
+    numbers: dict[Version | None, list[str]] = {}
+    for shard in shards:
+        numbers.setdefault(shard.version, []).append(str(shard.shard))
+    if not numbers.keys() - {Version()}:
+        return None
+    told = [
+        f"shard{'' if len(each) == 1 else 's'} {', '.join(each)}: {version or 'an unknown version'}"
+        for version, each in numbers.items()
+    ]
+    return f"{'; '.join(told)}; here: {Version()}"
+
+
+def upgrade_cure(bot_name: str) -> str:
+    """How a bot gets to this process's version."""
+    import fsm_ray
+
+    return f"install fsm_ray {fsm_ray.__version__} on all nodes, and run: fsm-ray upgrade {bot_name}"
+
+
 def _to_json(description: BotDescription) -> dict[str, Any]:
     from dataclasses import asdict
 
@@ -83,6 +109,8 @@ def _to_json(description: BotDescription) -> dict[str, Any]:
     return {
         "bot": description.bot_name,
         "options": options | {"store": redacted(description.options.store)},
+        "is_encrypted": description.options.encryption_keys is not None,
+        "other_versions": other_versions(description.shards),
         "shards": [asdict(shard) for shard in description.shards],
     }
 
@@ -94,6 +122,7 @@ def _show(description: BotDescription) -> None:
     console = Console()
     options = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     told = _to_json(description)["options"]
+    told["encryption_keys"] = told["encryption_keys"] or "- (what its store keeps is not encrypted)"
     for name, value in {"bot": description.bot_name, **told}.items():
         options.add_row(name, "-" if value is None else str(value), style=None if name == "bot" else "dim")
     console.print(options, markup=False)
@@ -103,6 +132,7 @@ def _show(description: BotDescription) -> None:
     columns: dict[str, tuple[list[str], str]] = {
         "shard": ([str(shard.shard) for shard in shards], "all"),
         "node": ([shard.node_id[:8] for shard in shards], f"{len({each.node_id for each in shards})}"),
+        "version": ([shard.version.fsm_ray if shard.version else "-" for shard in shards], ""),
         "pid": ([str(shard.pid) for shard in shards], ""),
         "records": _summed([each.records for each in statistics]),
         "size": _summed([shard.size_bytes for shard in shards], _size),
@@ -122,6 +152,9 @@ def _show(description: BotDescription) -> None:
             console.print(
                 f"Shard {shard.shard} was restarted and came back empty: its records lived in memory alone."
             )
+    if told_versions := other_versions(shards):
+        console.print(f"Not all is of one version. {told_versions}.", markup=False)
+        console.print(f"To mend it: {upgrade_cure(description.bot_name)}", markup=False)
 
 
 def _summed(values: list[Any], shown: Any = "{:,}".format) -> tuple[list[str], str]:

@@ -22,13 +22,24 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import fsm_ray
-from fsm_ray.errors import FsmRayError, ProtocolMismatch, RayUnreachable
+from fsm_ray.cli.bots import other_versions, upgrade_cure
+from fsm_ray.errors import EncryptionKeysUnusable, FsmRayError, ProtocolMismatch, RayUnreachable
 from fsm_ray.options import HEAD_NODE, make_options, redacted
 from fsm_ray.protocol import PROTOCOL_VERSION
 from fsm_ray.routing import directory
 from fsm_ray.storage import Storage
 
-EXTRAS = ("client", "aiogram", "telegram", "telebot", "rocksdb", "redis", "postgres", "objectstore")
+EXTRAS = (
+    "client",
+    "aiogram",
+    "telegram",
+    "telebot",
+    "rocksdb",
+    "redis",
+    "postgres",
+    "objectstore",
+    "encryption",
+)
 """Those that bots are run with."""
 
 MAX_CLOCK_OFFSET_S = 1.0
@@ -240,13 +251,20 @@ def _check_bot(storage: Storage, bot_name: str) -> Check:
     except FsmRayError as error:
         cure = "see its actors' logs (`ray list actors`, `ray logs actor --id ...`); `fsm-ray drop` ends it"
         if isinstance(error, ProtocolMismatch):
-            cure = "use its version of fsm-ray here, or drop it and init it with this one"
+            cure = f"use its version of fsm-ray here; or {upgrade_cure(bot_name)}"
+        elif isinstance(error, EncryptionKeysUnusable):
+            cure = "see to the keys on the nodes of its actors; they are not needed here"
         return Check(name, "problem", f"it does not answer: {_line(error)}", cure)
     empty = [shard.shard for shard in description.shards if shard.restarted_empty]
     if empty:
         told = f"shards {', '.join(map(str, empty))} were restarted and came back empty"
         return Check(name, "hint", told, "give it a store that outlives its actors")
-    return Check(name, "ok", f"{_counted(len(description.shards), 'shard')}, {_counted(records, 'record')}")
+    if versions := other_versions(description.shards):
+        return Check(name, "hint", f"its actors are of another version. {versions}", upgrade_cure(bot_name))
+    keys = description.options.encryption_keys
+    encrypted = f", encrypted with the keys in {keys} on its nodes" if keys else ""
+    told = f"{_counted(len(description.shards), 'shard')}, {_counted(records, 'record')}{encrypted}"
+    return Check(name, "ok", told)
 
 
 def _ask(node_id: str, function: Callable[..., Any], *arguments: Any) -> Any:
