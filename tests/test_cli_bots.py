@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -560,15 +561,31 @@ def test_the_package_gives_its_names_when_they_are_used() -> None:
         _ = getattr(fsm_ray, "Storages")  # noqa: B009 - for mypy
 
 
-def test_completion_of_commands_is_offered() -> None:
-    environment = os.environ | {
-        "_FSM_RAY_COMPLETE": "complete_bash",
-        "COMP_WORDS": "fsm-ray ver",
-        "COMP_CWORD": "1",
-    }
-    result = subprocess.run([COMMAND], env=environment, capture_output=True, text=True, check=False)
+def completed(words: str, **environment: str) -> tuple[list[str], str]:
+    """What a shell is offered for the last word, and what would be printed beside."""
+    asked = {"_FSM_RAY_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    result = subprocess.run(
+        [COMMAND], env=os.environ | asked | environment, capture_output=True, text=True, check=False
+    )
+    return result.stdout.split(), result.stderr
 
-    assert result.stdout.split() == ["verify"]
+
+def test_completion_of_commands_is_offered() -> None:
+    assert completed("fsm-ray ver") == (["verify"], "")
+
+
+@pytest.mark.ray
+def test_completion_of_a_bots_name_is_offered(cluster: RayCluster, bot: str) -> None:
+    offered, told = completed(f"fsm-ray describe {bot[:-2]}", RAY_ADDRESS=cluster.address)
+
+    assert (offered, told) == ([bot], "")
+
+
+def test_where_no_ray_answers_no_name_is_offered_and_nothing_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        for words in ("fsm-ray describe --address 127.0.0.1:9 ", f"fsm-ray describe --address {address} "):
+            assert completed(words) == ([], "")
 
 
 # Doctor

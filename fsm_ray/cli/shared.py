@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from fsm_ray.cli.completion import bot_names
 from fsm_ray.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-BotName = Annotated[str, typer.Argument(metavar="BOT", help="The bot's name.", show_default=False)]
+BotName = Annotated[
+    str,
+    typer.Argument(metavar="BOT", help="The bot's name.", show_default=False, autocompletion=bot_names),
+]
 Address = Annotated[
     str | None,
     typer.Option(metavar="HOST:PORT", help="Of the Ray to use. Default: RAY_ADDRESS, or the one here."),

@@ -92,7 +92,7 @@ def attach(address: str | None, *, may_start: bool = True, **settings: Any) -> N
     if ray.is_initialized():
         return
     try:
-        found = _answering(address) if address else _running_ray(may_start=may_start)
+        found = find_running(address, may_start=may_start)
         if found in {None, "local"} and not may_start:
             raise ConnectionError("none runs here")  # noqa: TRY301  # told as all that is wrong with Ray
         # "local" takes no notice of the address file that an earlier Ray may have left behind.
@@ -105,6 +105,15 @@ def attach(address: str | None, *, may_start: bool = True, **settings: Any) -> N
             f"no Ray at {address or 'this machine'}: {reason}. Start one with `ray start --head`, "
             "or give the address of a running cluster"
         ) from error
+
+
+def find_running(address: str | None, *, may_start: bool = False) -> str | None:
+    """The address of a Ray that answers: this one, or the one that runs here; None: there is none.
+
+    Raises:
+        OSError: nobody answers there.
+    """
+    return _answering(address) if address else _running_ray(may_start=may_start)
 
 
 def _running_ray(*, may_start: bool) -> str | None:
