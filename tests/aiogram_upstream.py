@@ -1,7 +1,8 @@
 """A pytest plugin for aiogram's own tests: where they ask for aiogram's storages, they get fsm_ray's.
 
 Given with `-p`, it is loaded before the tests and their conftest, which take what they find in aiogram's
-modules. With FSM_RAY_TURNS set, dispatchers handle updates in turns.
+modules. The tests of the modules in FSM_RAY_UPDATES run twice: the second time, dispatchers handle updates in
+turns. All in one process: to import aiogram takes seconds.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from fsm_ray import Storage
 from fsm_ray.adapters.aiogram import RayEventIsolation, RayFSMMiddleware, RayStorage
 
 BOT = os.environ["FSM_RAY_BOT"]
+UPDATES = set(os.environ["FSM_RAY_UPDATES"].split())
+IN_TURNS = "in-turns"
 
 
 class StorageForTests(RayStorage):
@@ -71,14 +74,14 @@ for name in ("motor", "motor.motor_asyncio", "pymongo", "pymongo.errors", "pymon
 for module in (aiogram.fsm.storage.memory, aiogram.dispatcher.dispatcher):
     module.MemoryStorage = StorageForTests  # type: ignore[attr-defined]
 aiogram.fsm.storage.memory.SimpleEventIsolation = IsolationForTests  # type: ignore[assignment, misc]
-if os.environ.get("FSM_RAY_TURNS"):
-    aiogram.dispatcher.dispatcher.FSMContextMiddleware = TurnsForTests  # type: ignore[assignment, attr-defined]
 
 
 @pytest.fixture(scope="session")
 def _storage() -> Iterator[Storage]:
     with Storage() as storage:
+        storage.init(BOT)
         yield storage
+        storage.drop(BOT)
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +89,18 @@ def _no_conversations(_storage: Storage) -> None:
     """Each test finds a storage that was never used."""
     for conversation in _storage.scan(BOT):
         _storage.clear(BOT, conversation.key)
+
+
+@pytest.fixture(autouse=True)
+def _handling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if getattr(request, "param", None) == IN_TURNS:
+        monkeypatch.setattr(aiogram.dispatcher.dispatcher, "FSMContextMiddleware", TurnsForTests)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.definition.path.stem in UPDATES:
+        metafunc.parametrize("_handling", ["one-by-one", IN_TURNS], indirect=True)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    assert {item.path.stem for item in session.items if IN_TURNS in item.nodeid} == UPDATES

@@ -47,6 +47,14 @@ SLOWEST_FIRST = (
     "test_turns.py",
     "test_chaos.py",
     "test_store_conformance.py",
+    "test_examples.py",
+    "test_store_objectstore.py",
+    "test_upgrade.py",
+    "test_store_encrypted.py",
+    "test_cli_bots.py",
+    "test_metrics.py",
+    "test_rotation.py",
+    "test_tls_cluster.py",
 )
 """Files that take the longest: begun late, they would keep one worker busy while the others have none."""
 
@@ -73,7 +81,9 @@ class RayCluster:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[RayCluster]:
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
+    # Nothing here is scaled, or printed by a driver: two processes less.
+    head = {"num_cpus": 4, "include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
     try:
         nodes.add_node(num_cpus=4)
         ray.init(address=nodes.address, log_to_driver=False)

@@ -16,7 +16,7 @@ import pytest
 from fsm_ray import Storage
 from fsm_ray.adapters.telegram import RayPersistence
 
-BOT = os.environ["FSM_RAY_BOT"]
+BOT = os.environ["FSM_RAY_BOT"] + os.environ.get("PYTEST_XDIST_WORKER", "")
 
 IDS = ("chat_id", "super_group_id", "forum_group_id", "channel_id", "subscription_channel_id")
 BOT_INFO = {"token": "1:token", "payment_provider_token": "", "name": "Bot", "username": "@bot"}
@@ -135,7 +135,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def _storage() -> Iterator[Storage]:
     with Storage() as storage:
+        storage.init(BOT)
         yield storage
+        storage.drop(BOT)
 
 
 @pytest.fixture(autouse=True)

@@ -308,6 +308,8 @@ def failed(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
     suite = directory / "test_broken.py"
     suite.write_text(HEAD + "".join(map(suite_of, FAILS)))
     options = ["-c", os.devnull, f"--rootdir={directory}", f"--basetemp={directory}/tmp", "-W", "ignore"]
+    # They mostly wait: for processes, and in the pauses of those that are to be killed there.
+    options += ["-n", "3"]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", suite, *options, "-p", "no:cacheprovider", "-rfE", "--tb=no"],
         cwd=Path(__file__).parent.parent,

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from fsm_ray import Storage
 from tests.conftest import RayCluster
 
 DOWNLOAD_DEADLINE_S = 120.0
@@ -38,12 +37,10 @@ def downloaded(project: str, directory: Path, config: pytest.Config) -> Path:
 
 
 def environment_of(plugin: Path, directory: Path, cluster: RayCluster, bot_name: str) -> dict[str, str]:
-    """What a process needs that loads this plugin for pytest, and the plugin its bot, which is made here.
+    """What a process needs that loads this plugin for pytest, and the name of the bot that the plugin makes.
 
     The plugin is copied to the directory: it must be found, and not what else there is beside it.
     """
-    with Storage() as storage:
-        storage.init(bot_name)
     shutil.copy(plugin, directory)
     path = os.pathsep.join(filter(None, (str(directory), os.environ.get("PYTHONPATH"))))
     return os.environ | {"RAY_ADDRESS": cluster.address, "FSM_RAY_BOT": bot_name, "PYTHONPATH": path}
@@ -51,8 +48,8 @@ def environment_of(plugin: Path, directory: Path, cluster: RayCluster, bot_name:
 
 def passed(
     plugin: Path, source: Path, environment: Mapping[str, str], *arguments: str, deadline_s: float
-) -> str:
-    """Run pytest in the sources; what its last line says. The test fails if any failed, or was skipped."""
+) -> None:
+    """Run pytest in the sources. The test fails if any failed there, or was skipped, or if none ran."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-rs", "-p", plugin.stem, "-p", "no:cacheprovider", *arguments],
         cwd=source,
@@ -67,7 +64,6 @@ def passed(
     summary = done.stdout.splitlines()[-1]
     assert re.search(r"\b[1-9]\d* passed", summary), summary
     assert "skipped" not in summary, done.stdout
-    return summary
 
 
 def _download(project: str, version: str, archive: Path) -> None:
