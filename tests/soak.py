@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fsm_ray import AsyncStorage, State, Storage
-from fsm_ray.errors import ChangesMissed, ScanInterrupted, TurnTimeout
+from fsm_ray.errors import ChangesMissed, ScanInterrupted, TurnTimeout, VersionConflict
 
 KEYS = 2_000
 """Conversations that all clients work on; others live for a second and expire."""
@@ -114,6 +114,11 @@ def run_process(name: str, bots: Sequence[str], end_s: float, directory: Path) -
     return report
 
 
+def suppress_races() -> contextlib.suppress:
+    """For turns: others may have the conversation for too long, or write to it without a turn."""
+    return contextlib.suppress(TurnTimeout, VersionConflict)
+
+
 Done = tuple[Counter[str], Counter[tuple[str, str]]]
 """How often a client did what; and bot and client -> how often it counted its own conversation up."""
 
@@ -151,7 +156,7 @@ def _run_thread(choice: Choice, bots: Sequence[str], end_s: float) -> Done:
                     storage.get_many(bot, choice.some_keys())
                 else:
                     key = "contended" if method == "contended_turn" else choice.key()
-                    with contextlib.suppress(TurnTimeout), storage.turn(bot, key, timeout_s=60) as turn:
+                    with suppress_races(), storage.turn(bot, key, timeout_s=60) as turn:
                         turn.data["turns"] = turn.data.get("turns", 0) + 1
             done["scan"] += 1
             with contextlib.suppress(ScanInterrupted):
@@ -206,7 +211,7 @@ async def _run_task(
             await storage.set_many(bot, states)
         else:
             key = "contended" if method == "contended_turn" else choice.key()
-            with contextlib.suppress(TurnTimeout):
+            with suppress_races():
                 async with storage.turn(bot, key, timeout_s=60) as turn:
                     turn.data["turns"] = turn.data.get("turns", 0) + 1
 

@@ -7,7 +7,7 @@ import threading
 
 import typer
 
-PATIENCE_S = 1.0
+PATIENCE_S = 2.0
 """How long a completion may take, beside the import of Ray."""
 
 
