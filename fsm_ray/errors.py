@@ -123,10 +123,7 @@ class UnknownState(InvalidInput):
 
 
 class PickleNotAllowed(InvalidInput):
-    """Raised when a value would need pickle and the bot was made with `allow_pickle=False`.
-
-    Nothing was written, unless it is a stored value: then as `ValueNotDecodable`.
-    """
+    """Raised when a value would need pickle and the bot was made with `allow_pickle=False`."""
 
     position: Any = None
     """Of a stored value: where a watch can go on, as with `ValueNotDecodable`."""
@@ -197,10 +194,7 @@ class StoreCorrupted(FsmRayError):
 
 
 class UnknownBot(FsmRayError):
-    """Raised when an operation names a bot that was never initialised, or was dropped.
-
-    A write that was under way while its bot was dropped may be in the store that the bot left behind.
-    """
+    """Raised when an operation names a bot that was never initialised, or was dropped."""
 
 
 class InvalidTransition(FsmRayError):
@@ -245,10 +239,7 @@ class StorageClosed(FsmRayError):
 
 
 class ValueNotDecodable(FsmRayError):
-    """Raised when a stored value cannot be rebuilt here, say for want of its class; the record is intact.
-
-    From `update_data` and `patch` it means that they took effect, and the answer cannot be shown.
-    """
+    """Raised when a stored value cannot be rebuilt here, say for want of its class; the record is intact."""
 
     position: Any = None
     """Where a watch can go on: the `since` of a new one. A scan goes on `after` the error's key."""
