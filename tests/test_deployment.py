@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +84,9 @@ def test_the_command_that_makes_the_bot_on_the_head_node_makes_it(
     cluster: RayCluster, tmp_path: Path
 ) -> None:
     command = yaml.safe_load(CLUSTER)["head_start_ray_commands"][-1]
-    settings = {"FSM_RAY_STORE": f"file://{tmp_path}", "RAY_ADDRESS": cluster.address}
+    # The command's `python` is this one, whatever else is installed.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    settings = {"FSM_RAY_STORE": f"file://{tmp_path}", "RAY_ADDRESS": cluster.address, "PATH": path}
 
     with Storage(timeout_s=DEADLINE_S) as storage:
         try:
