@@ -82,7 +82,9 @@ class FakeConnection:
     def send(self, request: bytes) -> None:
         assert int.from_bytes(request[:4], "little") == len(request) - 4
         self.frames.append(request)
-        self.requests.append(protocol.decode_request(request[4:]))
+        decoded = protocol.decode_request(request[4:])
+        assert isinstance(decoded, ReadContent | ReadRecord | WriteRequest)
+        self.requests.append(decoded)
 
     def close(self) -> None:
         """Nothing to release."""

@@ -66,7 +66,8 @@ Request = ReadContent | ReadRecord | WriteRequest
 
 
 def request_in(frame: bytes) -> Request:
-    request: Request = protocol.decode_request(body_of(frame))
+    request = protocol.decode_request(body_of(frame))
+    assert isinstance(request, Request)
     return request
 
 

@@ -109,7 +109,8 @@ def route_of(**options: Any) -> Route:
 
 def decoded(operation: bytes) -> protocol.Write:
     frame = protocol.write_request(1, [operation], b"s" * 16, is_resend=False)
-    request: WriteRequest = protocol.decode_request(frame[4:])
+    request = protocol.decode_request(frame[4:])
+    assert isinstance(request, WriteRequest)
     return request.operations[0]
 
 

@@ -133,10 +133,9 @@ _UNDECODABLE = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
 
 def _decoded(body: bytes) -> Request:
     try:
-        request: Request = decode_request(body)
+        return decode_request(body)
     except _UNDECODABLE as error:
         raise MalformedRequest(str(error)) from error
-    return request
 
 
 def _ignore(_reason: FsmRayError) -> None: ...

@@ -14,7 +14,8 @@ answered when there are any, or in `wait_s`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import final
 
 import msgspec
 
@@ -163,6 +164,7 @@ class End(msgspec.Struct, array_like=True, tag=END, gc=False):
     turn: int
 
 
+@final
 class WriteRequest(msgspec.Struct, array_like=True, tag=WRITE, gc=False):
     number: int
     session: bytes
@@ -170,11 +172,13 @@ class WriteRequest(msgspec.Struct, array_like=True, tag=WRITE, gc=False):
     operations: list[Write]
 
 
+@final
 class ReadContent(msgspec.Struct, array_like=True, tag=READ_CONTENT, gc=False):
     number: int
     keys: list[bytes]
 
 
+@final
 class ReadRecord(msgspec.Struct, array_like=True, tag=READ_RECORD, gc=False):
     number: int
     keys: list[bytes]
@@ -237,7 +241,7 @@ Request = (
     | WatchRequest
 )
 
-decode_request = msgspec.msgpack.Decoder(Request).decode
+decode_request: Callable[[bytes], Request] = msgspec.msgpack.Decoder(Request).decode
 
 _encode = msgspec.msgpack.Encoder().encode
 
