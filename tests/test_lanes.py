@@ -35,6 +35,7 @@ from fsm_ray.protocol import (
     ReadRecord,
     RecordView,
     ReplyDecoder,
+    Request,
     Transact,
     WriteRequest,
 )
@@ -74,7 +75,7 @@ class FakeConnection:
     """Takes requests, and delivers them nowhere."""
 
     def __init__(self) -> None:
-        self.requests: list[ReadContent | ReadRecord | WriteRequest] = []
+        self.requests: list[Request] = []
         self.frames: list[bytes] = []
         self.answered = 0
         """How many requests got their answers, by `Rig.answer_oldest`."""
@@ -82,9 +83,7 @@ class FakeConnection:
     def send(self, request: bytes) -> None:
         assert int.from_bytes(request[:4], "little") == len(request) - 4
         self.frames.append(request)
-        decoded = protocol.decode_request(request[4:])
-        assert isinstance(decoded, ReadContent | ReadRecord | WriteRequest)
-        self.requests.append(decoded)
+        self.requests.append(protocol.decode_request(request[4:]))
 
     def close(self) -> None:
         """Nothing to release."""
@@ -97,6 +96,7 @@ class FakeConnection:
             if isinstance(request, WriteRequest)
             else request.keys
             for request in self.requests
+            if isinstance(request, ReadContent | ReadRecord | WriteRequest)
         ]
 
     @property
