@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pytest
 import ray
 import yaml  # type: ignore[import-untyped]
 from jsonschema import ValidationError  # type: ignore[import-untyped]
 from packaging.version import Version
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -188,8 +189,15 @@ class JobSpec(Strict):
     submissionMode: Literal["K8sJobMode", "HTTPMode", "InteractiveMode"]  # noqa: N815
     entrypoint: str
     runtimeEnvYAML: str  # noqa: N815
-    backoffLimit: int = Field(ge=0)  # noqa: N815
+    backoffLimit: int = Field(default=0, ge=0)  # noqa: N815
     submitterPodTemplate: PodTemplate  # noqa: N815
+
+    @model_validator(mode="after")
+    def _retries_are_on_a_cluster_of_its_own(self) -> Self:
+        # A retry deletes the cluster: https://github.com/ray-project/kuberay/pull/4527
+        if self.clusterSelector and self.backoffLimit:
+            raise ValueError("backoffLimit is incompatible with clusterSelector")
+        return self
 
 
 class Metadata(Strict):
@@ -257,17 +265,48 @@ def test_pods_of_the_cluster_use_its_service_account_and_have_a_store() -> None:
 
 def test_the_job_runs_a_bot_that_is_in_the_image_on_the_cluster_that_is_there() -> None:
     job, cluster = ray_job().spec, ray_cluster()
-    program, script = job.entrypoint.split()
+    (script,) = re.findall(r"python (\S+);", job.entrypoint)
     (submitter,) = job.submitterPodTemplate.spec.containers
     token = next(variable.valueFrom for variable in submitter.env if variable.name == "RAY_AUTH_TOKEN")
 
     assert job.clusterSelector["ray.io/cluster"] == cluster.metadata.name
-    assert program == "python"
     assert (ROOT / "examples" / Path(script).relative_to("/home/ray/examples")).exists()
     assert isinstance(yaml.safe_load(job.runtimeEnvYAML)["env_vars"]["WORKERS"], str)
     assert cluster.spec.authOptions.mode == "token"
     assert token is not None
     assert token.secretKeyRef.name == cluster.metadata.name  # of the secret that the operator makes
+
+
+def test_a_job_on_a_cluster_that_is_there_has_no_retries() -> None:
+    spec = documents("rayjob.yaml")[0]["spec"]
+
+    with pytest.raises(ValueError, match="backoffLimit is incompatible with clusterSelector"):
+        JobSpec(**spec | {"backoffLimit": 10})
+
+
+def test_the_poller_of_the_job_is_started_again_when_it_fails(tmp_path: Path) -> None:
+    pollers = tmp_path / "pollers"
+    programs = {"python": f'echo "$*" >> {pollers}; [ $(wc -l < {pollers}) = 3 ]', "sleep": ":"}
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o700)
+    path = os.pathsep.join((str(tmp_path), os.environ["PATH"]))
+
+    subprocess.run(
+        ["sh", "-c", submitted(ray_job().spec.entrypoint)],
+        env=os.environ | {"PATH": path},
+        check=True,
+        timeout=DEADLINE_S,
+    )
+
+    assert pollers.read_text().splitlines() == ["/home/ray/examples/cluster_bot.py"] * 3
+
+
+def submitted(entrypoint: str) -> str:
+    """What Ray has a shell run: KubeRay writes the entrypoint into a script, behind `ray job submit --`."""
+    script = f"if true ; then printf '%s\\0' {entrypoint} ; fi ;"
+    done = subprocess.run(["bash", "-c", script], check=True, capture_output=True, text=True)
+    return shlex.join(done.stdout.split("\0")[:-1])
 
 
 def test_the_image_is_of_this_version_and_made_of_what_is_here() -> None:
