@@ -84,6 +84,8 @@ class ShardRotation:
     pending: int
     """Records, and answers to writes, that are still to be encrypted with it."""
 
+    __setstate__ = load_fields
+
 
 class ShardHost:
     """One shard: its store, the namespace, the channel's server, and the metrics.

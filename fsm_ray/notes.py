@@ -47,6 +47,8 @@ class Mark:
     id: str = field(default_factory=lambda: uuid4().hex)
     """Of one call of `upgrade`."""
 
+    __setstate__ = load_fields
+
 
 def note_version(bot_name: str, shard: int, actor_id: str) -> None:
     """Note that this actor runs this version."""

@@ -22,4 +22,6 @@ def load_fields(instance: Any, state: Sequence[Any]) -> None:
     for field, value in zip(fields, state, strict=False):
         object.__setattr__(instance, field.name, value)
     for field in fields[len(state) :]:
-        object.__setattr__(instance, field.name, field.default)
+        factory = field.default_factory
+        value = field.default if factory is dataclasses.MISSING else factory()
+        object.__setattr__(instance, field.name, value)

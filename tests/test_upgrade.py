@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args, get_type_hints
 
 import pytest
 import ray
@@ -35,6 +35,8 @@ from fsm_ray.errors import (
     ProtocolMismatch,
     UnknownBot,
 )
+from fsm_ray.hosting import ShardDescription, ShardHost, ShardRotation
+from fsm_ray.namespace import NamespaceStatistics
 from fsm_ray.notes import Mark, Version, find_mark, note_version, set_mark
 from fsm_ray.protocol import PROTOCOL_VERSION
 from fsm_ray.version import load_fields
@@ -71,6 +73,7 @@ def test_options_of_a_version_that_knew_more_are_used_and_travel_on_with_all_the
 class _Grown:
     first: int
     second: str = "default"
+    third: list[int] = dataclasses.field(default_factory=list)
 
     __setstate__ = load_fields
 
@@ -78,10 +81,55 @@ class _Grown:
 def test_a_description_of_another_version_has_defaults_for_what_that_did_not_know() -> None:
     of_older, of_newer = _Grown.__new__(_Grown), _Grown.__new__(_Grown)
     of_older.__setstate__([1])
-    of_newer.__setstate__([1, "two", "unknown"])
+    of_newer.__setstate__([1, "two", [3], "unknown"])
 
     assert of_older == _Grown(1)
-    assert of_newer == _Grown(1, "two")
+    assert of_newer == _Grown(1, "two", [3])
+
+
+FIRST_FIELDS: dict[type[Any], str] = {
+    Endpoint: "options node_id unix_path tcp_address secret",
+    Mark: "options version",
+    NamespaceStatistics: (
+        "records sessions operations operations_per_s version turns waiting_turns watches scans"
+    ),
+    ShardDescription: "shard node_id pid restarted_empty recovery_s size_bytes statistics",
+    ShardRotation: "key_id pending",
+    Version: "",
+}
+"""The fields that every version knows, in this order. One that is added comes later, and has a default."""
+
+
+def test_all_that_travels_between_versions_is_listed_here() -> None:
+    by_name = [getattr(ShardHost, name) for name in ShardHost.PERFORMED]
+    methods = [method for _, method in inspect.getmembers(NamespaceActor, inspect.isfunction)] + by_name
+    hints = [hint for method in methods for hint in get_type_hints(method).values()]
+
+    in_control_store = {Mark, Version}
+    assert {kind for hint in hints for kind in dataclasses_in(hint)} | in_control_store == set(FIRST_FIELDS)
+
+
+def dataclasses_in(hint: Any) -> Iterator[type[Any]]:
+    """The dataclasses that a value with this annotation is made of."""
+    parts = get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        yield cast(type[Any], hint)
+        parts = tuple(get_type_hints(hint).values())
+    for part in parts:
+        yield from dataclasses_in(part)
+
+
+@pytest.mark.parametrize("kind", FIRST_FIELDS, ids=lambda kind: kind.__name__)
+def test_what_travels_loads_though_its_version_knew_fewer_fields_or_more(kind: Any) -> None:
+    first = FIRST_FIELDS[kind].split()
+    names = [field.name for field in dataclasses.fields(kind)]
+    of_older, of_newer = kind.__new__(kind), kind.__new__(kind)
+    of_older.__setstate__(first)
+    of_newer.__setstate__([*names, "unknown"])
+
+    assert [getattr(of_older, name) for name in first] == first
+    assert dataclasses.MISSING not in [getattr(of_older, name) for name in names]
+    assert [getattr(of_newer, name) for name in names] == names
 
 
 def test_actors_have_the_methods_that_clients_of_every_version_know_and_no_others() -> None:
