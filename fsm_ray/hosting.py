@@ -384,9 +384,10 @@ class ShardHost:
 
     async def _listen(self, namespace: Namespace) -> tuple[Server, Endpoint]:
         server = Server(namespace.handle, namespace.disconnected, name=self._name, tally=self._tally)
-        # A restarted actor has the same name for its socket, and so removes what its killed self left.
+        # A restarted actor has the same name for its sockets, and so removes what its killed self left. With
+        # what the server adds it has 24 bytes: `fsm-ray doctor` looks whether there is room for so many.
         identity = f"{ray.get_runtime_context().gcs_address} {self._bot_name}/{self._shard}"
-        unix_path = await server.listen_unix(hashlib.sha256(identity.encode()).hexdigest()[:24])
+        unix_path = await server.listen_unix(hashlib.sha256(identity.encode()).hexdigest()[:17])
         return server, Endpoint(
             options=self.options,
             node_id=_node_id(),

@@ -36,6 +36,7 @@ from fsm_ray.namespace import Answer, MalformedRequest, Namespace
 from fsm_ray.options import BotOptions
 from fsm_ray.protocol import MAX_FRAME_BYTES, PROTOCOL_VERSION, frame
 from fsm_ray.stores.memory import MemoryStore
+from fsm_ray.tally import ShardTally
 
 T = TypeVar("T")
 
@@ -1071,7 +1072,7 @@ class TestTheUnixSocket:
         assert socket_directory() == socket_directory() == temporary / f"fsm_ray-{os.getuid()}"
 
     def test_a_path_of_107_bytes_is_short_enough(self, running: RunningServer) -> None:
-        name = "x" * (MAX_UNIX_PATH_BYTES - len(f"{socket_directory()}/"))
+        name = "x" * (MAX_UNIX_PATH_BYTES - len(f"{socket_directory()}/-123456"))
         address = running.run(running.server.listen_unix(name))
 
         assert len(address) == 107
@@ -1080,7 +1081,7 @@ class TestTheUnixSocket:
 
     @pytest.mark.parametrize("letter", ["x", "ä"])
     def test_a_longer_path_is_refused_with_the_cure(self, running: RunningServer, letter: str) -> None:
-        room = MAX_UNIX_PATH_BYTES - len(f"{socket_directory()}/")
+        room = MAX_UNIX_PATH_BYTES - len(f"{socket_directory()}/-123456")
         name = letter * (room // len(letter.encode()) + 1)
 
         with pytest.raises(ConfigurationError, match=r"107 bytes.*TMPDIR"):
@@ -1088,13 +1089,33 @@ class TestTheUnixSocket:
 
         assert list(socket_directory().iterdir()) == []
 
-    def test_a_socket_that_a_killed_server_left_is_replaced(self, running: RunningServer) -> None:
-        with socket.socket(socket.AF_UNIX) as left:
-            left.bind(str(socket_directory() / "shard"))
+    def test_a_socket_that_a_killed_server_left_is_removed_and_no_other(self, running: RunningServer) -> None:
+        theirs, others = socket_directory() / "shard-123456", socket_directory() / "shard2-123456"
+        for path in (theirs, others):
+            with socket.socket(socket.AF_UNIX) as left:
+                left.bind(str(path))
         address = running.run(running.server.listen_unix("shard"))
 
+        assert set(socket_directory().iterdir()) == {Path(address), others}
         with Peer(address) as peer:
             peer.shake_hands(running.secret)
+
+    @both_clients
+    async def test_who_knew_the_server_before_finds_nobody_and_is_not_taken_for_a_stranger(
+        self, running: RunningServer, open_client: OpenClient
+    ) -> None:
+        path = await asyncio.to_thread(running.run, running.server.listen_unix("shard"))
+        running.call(running.server.close)
+        tally = ShardTally()
+        after = Server(running.server.handle, tally=tally)
+        await asyncio.to_thread(running.run, after.listen_unix("shard"))
+        try:
+            with pytest.raises(FileNotFoundError):
+                await open_client(path)
+        finally:
+            running.call(after.close)
+
+        assert tally.connections_refused == 0
 
     def test_beginning_to_listen_leaves_the_modes_of_other_files_alone(self, running: RunningServer) -> None:
         async def listen_while_another_task_makes_a_directory() -> None:

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 MAX_UNIX_PATH_BYTES = 107
 """What `sun_path` of unix(7) holds, its closing zero byte left out."""
 
+_SUFFIX_BYTES = 3
+"""Of a socket's name; each is two letters of the path."""
 
 MAX_UNPROVED = 256
 """Connections that have proved nothing yet; past it, the oldest gives way: an honest one proves at once."""
@@ -280,14 +282,21 @@ class Server:
         self._unix_path: Path | None = None
 
     async def listen_unix(self, name: str) -> str:
-        """Listen on a socket that only this user can open; return its path."""
-        path = socket_directory() / name
+        """Listen on a socket that only this user can open; return its path: the name and something random.
+
+        What killed servers of this name left behind is removed.
+        """
+        directory = socket_directory()
+        # Who knew a server before this one finds nobody, and asks for the new secret: at the same path it
+        # would present the old one, as an attacker does.
+        path = directory / f"{name}-{secrets.token_hex(_SUFFIX_BYTES)}"
         if len(os.fsencode(path)) > MAX_UNIX_PATH_BYTES:
             raise ConfigurationError(
                 f"the socket's path {path} is longer than the {MAX_UNIX_PATH_BYTES} bytes that the system "
                 "allows: set TMPDIR to a shorter directory on all nodes"
             )
-        path.unlink(missing_ok=True)
+        for left in directory.glob(f"{name}-*"):
+            left.unlink(missing_ok=True)
         unix_socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             # Until it has its mode, the directory keeps others out.
