@@ -249,6 +249,10 @@ class ShardHost:
         """Make the namespace from what the store holds."""
         _prefer_this_thread()
         started_s = time.monotonic()
+        loop = asyncio.get_running_loop()
+        if self._publishing is None:
+            # Before there is anything to tell: a store that cannot be opened must be seen, too.
+            self._publishing = loop.create_task(self._keep_publishing())
         # Millions of new objects, none of them garbage, would be looked at again and again.
         gc.disable()
         try:
@@ -274,8 +278,6 @@ class ShardHost:
             gc.enable()
         loop = asyncio.get_running_loop()
         self._openings += 1
-        if self._publishing is None:
-            self._publishing = loop.create_task(self._keep_publishing())
         self._keepers = [loop.create_task(namespace.keep_tidy())]
         if self._store.is_shared:
             self._keepers.append(loop.create_task(namespace.keep_ownership()))

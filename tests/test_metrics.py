@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import os
@@ -19,7 +20,9 @@ import ray
 from ray.util import metrics as ray_metrics
 from ray.util.client import ray as ray_client
 
-from fsm_ray.errors import Overloaded, VersionConflict
+from fsm_ray import hosting
+from fsm_ray.errors import Overloaded, StoreUnavailable, VersionConflict
+from fsm_ray.hosting import ShardHost
 from fsm_ray.metrics import catalog
 from fsm_ray.metrics.__main__ import DASHBOARD
 from fsm_ray.metrics.catalog import METRICS, Metric
@@ -27,7 +30,10 @@ from fsm_ray.metrics.client import ClientMetrics
 from fsm_ray.metrics.publisher import Publisher
 from fsm_ray.metrics.shard import ShardMetrics
 from fsm_ray.namespace import NamespaceStatistics
+from fsm_ray.options import BotOptions
 from fsm_ray.protocol import TURN, WRITE, SetRecord
+from fsm_ray.stores.base import Contents
+from fsm_ray.stores.memory import MemoryStore
 from fsm_ray.tally import OPERATIONS, OUTCOMES, REQUESTS, ShardTally, Spread
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "how-to" / "metrics.md"
@@ -158,12 +164,24 @@ def test_operations_are_published_by_kind_and_outcome(everything: FakeRay) -> No
     assert everything.value("ray_fsm_ray_record_bytes") == 1234
 
 
-def test_a_store_that_is_not_open_is_told_of(told: FakeRay) -> None:
-    ShardMetrics("my_bot", 0, ShardTally()).publish_state(
-        None, record_bytes=0, connections=0, openings=1, recovery_s=0.0
-    )
+async def test_a_shard_whose_store_was_never_opened_is_told_of(
+    told: FakeRay, no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unusable(MemoryStore):
+        async def open(self) -> Contents:
+            raise StoreUnavailable("it is full")
+
+    monkeypatch.setattr(hosting, "make_store", lambda *_: Unusable())
+    shard = ShardHost("my_bot", 0, BotOptions())
+    with pytest.raises(StoreUnavailable):
+        await shard.open()
+    async with asyncio.timeout(10):
+        while "ray_fsm_ray_serving" not in told.values:  # noqa: ASYNC110  # publishing is no event
+            await asyncio.sleep(0)
+    await shard.stop()
 
     assert told.value("ray_fsm_ray_serving") == 0
+    assert told.value("ray_fsm_ray_openings_total") < 1
     assert "ray_fsm_ray_records" not in told.values
 
 
