@@ -7,7 +7,7 @@ thread; any other may read it, and may miss the last few.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from time import perf_counter_ns
 
@@ -137,14 +137,45 @@ def outcome_of(error: type[FsmRayError]) -> str:
     return next((outcome for kind, outcome in _OUTCOMES if issubclass(error, kind)), "failed")
 
 
-class ShardTally:
+_NO_OPERATIONS = dict.fromkeys(OPERATIONS, 0)
+
+
+class OperationTally:
+    """Operations that were done or refused."""
+
+    __slots__ = ("failed", "operations")
+
+    def __init__(self) -> None:
+        self.operations = _NO_OPERATIONS.copy()
+        """How many, by what asks for them."""
+        self.failed: defaultdict[tuple[type, type[FsmRayError]], int] = defaultdict(int)
+        """Those of them that met an error."""
+
+    def count_failed(self, operation: type, error: FsmRayError) -> None:
+        """Count an operation that met an error, and is among `operations`."""
+        self.failed[operation, type(error)] += 1
+
+    def add(self, done: OperationTally) -> None:
+        """Count all that the other one counted."""
+        for operation, count in done.operations.items():
+            if count:
+                self.operations[operation] += count
+        for failed, count in done.failed.items():
+            self.failed[failed] += count
+
+    def add_failed(self, undone: OperationTally, error: FsmRayError) -> None:
+        """Count all operations that the other one counted; all of them met this error in the end."""
+        for operation, count in undone.operations.items():
+            if count:
+                self.operations[operation] += count
+                self.failed[operation, type(error)] += count
+
+
+class ShardTally(OperationTally):
     """What one shard did, since its actor's process began."""
 
     def __init__(self) -> None:
-        self.operations: dict[type, int] = dict.fromkeys(OPERATIONS, 0)
-        """Those that were done or refused, by what asks for them."""
-        self.failed: Counter[tuple[type, type[FsmRayError]]] = Counter()
-        """Those of them that met an error."""
+        super().__init__()
         self.request_ns = [Spread() for _ in KINDS]
         """From the arrival of a request to its reply, by its kind; of one in MEASURE_EVERY."""
         self.batch = [Spread() for _ in KINDS]
@@ -160,10 +191,6 @@ class ShardTally:
         """Turns that had their conversation and ended with their client."""
         self.connections_refused = 0
         """Peers that could not prove who they are, or broke the rules."""
-
-    def count_failed(self, operation: type, error: FsmRayError) -> None:
-        """Count an operation that met an error, and is among `operations`."""
-        self.failed[operation, type(error)] += 1
 
     def refused(self, error: type[FsmRayError]) -> int:
         """How many operations met this error."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import get_args
+from typing import ClassVar, get_args
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fsm_ray import errors, protocol
 from fsm_ray.codec import encode_key
-from fsm_ray.errors import FsmRayError, Overloaded, VersionConflict
+from fsm_ray.errors import FsmRayError, Overloaded, StoreUnavailable, VersionConflict
 from fsm_ray.namespace import Namespace
 from fsm_ray.options import BotOptions
 from fsm_ray.protocol import READ_CONTENT, SCAN, WRITE, Clear, ReadContent, SetRecord
@@ -157,16 +157,53 @@ async def test_a_commit_is_timed_until_the_store_has_it_and_its_writes_until_the
     assert tally.request_ns[WRITE].total >= tally.commit_ns.total > 0
 
 
-async def test_a_commit_that_fails_is_counted() -> None:
+async def test_operations_are_counted_when_their_commit_is_done() -> None:
     tally = ShardTally()
     store = FakeStore(asyncio.get_running_loop())
     shard = Namespace("my_bot", BotOptions(), store, await store.open(), tally=tally)
 
-    shard.handle(write(1, set_record(ANN)), ignore)
-    store.done(OSError("disk full"))
+    shard.handle(write(1, set_record(ANN), set_record(BOB, expected_version=7)), ignore)
+    before = tally.operations[SetRecord], dict(tally.failed)
+    store.done()
     await asyncio.sleep(0)
 
-    assert (tally.commits_failed, len(tally.commit_ns)) == (1, 0)
+    assert before == (0, {})
+    assert (tally.operations[SetRecord], tally.failed) == (2, {(SetRecord, VersionConflict): 1})
+
+
+async def test_operations_that_change_nothing_are_counted_with_the_commit_that_they_wait_for() -> None:
+    class TakesTwo(FakeStore):
+        max_commits: ClassVar[int] = 2
+
+    tally = ShardTally()
+    store = TakesTwo(asyncio.get_running_loop())
+    shard = Namespace("my_bot", BotOptions(), store, await store.open(), tally=tally)
+
+    shard.handle(write(1, set_record(ANN)), ignore)
+    shard.handle(write(2, protocol.clear(BOB, None)), ignore)
+    before = tally.operations[Clear]
+    store.done()
+    await asyncio.sleep(0)
+    shard.handle(write(3, protocol.clear(BOB, None)), ignore)
+
+    assert (before, tally.operations[Clear], len(store.batches)) == (0, 2, 1)
+
+
+async def test_operations_of_a_commit_that_fails_are_counted_as_failed_and_once_more_when_sent_again() -> (
+    None
+):
+    tally = ShardTally()
+    for error in (OSError("disk full"), None):
+        store = FakeStore(asyncio.get_running_loop())
+        shard = Namespace("my_bot", BotOptions(), store, await store.open(), tally=tally)
+        shard.handle(write(1, set_record(ANN), set_record(BOB, expected_version=7), is_resend=True), ignore)
+        store.done(error)
+        await asyncio.sleep(0)
+
+    assert (tally.commits_failed, len(tally.commit_ns)) == (1, 1)
+    assert tally.operations[SetRecord] == 4
+    assert tally.failed == {(SetRecord, StoreUnavailable): 2, (SetRecord, VersionConflict): 1}
+    assert outcome_of(StoreUnavailable) == "unavailable"
 
 
 def test_tallies_of_several_threads_add_up() -> None:

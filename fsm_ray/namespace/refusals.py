@@ -5,10 +5,10 @@ from __future__ import annotations
 from fsm_ray import protocol
 from fsm_ray.errors import FsmRayError
 from fsm_ray.protocol import ReadContent, ReadRecord, Request, TurnRequest, WriteRequest, reply
-from fsm_ray.tally import ShardTally
+from fsm_ray.tally import OperationTally
 
 
-def refusal(request: Request, error: FsmRayError, tally: ShardTally) -> bytes:
+def refusal(request: Request, error: FsmRayError, tally: OperationTally) -> bytes:
     """The reply that gives each operation of the request this error; they are counted."""
     if isinstance(request, WriteRequest | TurnRequest):
         kinds: list[type] = [type(operation) for operation in request.operations]

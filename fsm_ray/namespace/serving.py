@@ -9,6 +9,7 @@ in, replies go out.
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import time
 from collections import deque
@@ -54,7 +55,7 @@ from fsm_ray.protocol import (
 from fsm_ray.record import Packer
 from fsm_ray.sessions import LARGE_REPLY_BYTES, Sessions
 from fsm_ray.stores.base import Answered, Batch, Contents, Stale, Store, lease_clock
-from fsm_ray.tally import MEASURE_EVERY, ShardTally, now_ns
+from fsm_ray.tally import MEASURE_EVERY, OperationTally, ShardTally, now_ns
 from fsm_ray.version import load_fields
 
 Answer = Callable[[bytes], None]
@@ -82,7 +83,7 @@ class NamespaceStatistics:
     __setstate__ = load_fields
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Commit:
     """What the store is about to have, and who waits for that."""
 
@@ -93,6 +94,8 @@ class _Commit:
     began_ns: int
     measured: list[tuple[int, int]]
     """Operations of the write requests that are measured, and when these came."""
+    evaluated: OperationTally
+    """Its operations, which are counted when it is done: what was published cannot be taken back."""
 
 
 _ABSENT = b""
@@ -242,6 +245,8 @@ class Namespace:
         # What the commit that is being put together does. In memory there is nothing to commit.
         self._effects = Effects() if self._is_durable else Effects(self._records, moved=self._counts)
         self._evaluator.begin(self._effects, self._records.get)
+        self._evaluated: OperationTally = self._tally
+        """Where the writes of that commit are counted."""
 
     def handle(self, body: bytes, answer: Answer) -> bytes | None:
         """Take one request, and return its reply; or None, and call `answer` with it when it is committed.
@@ -595,6 +600,7 @@ class Namespace:
         self._effects = effects = Effects()
         self._evaluator.begin(effects, below)
         self._answered = {}
+        self._evaluated = evaluated = OperationTally()
         answers, measured, operations = self._evaluate_waiting()
         for turn, _ in effects.ended:
             self._turns.leases.keep(turn)
@@ -608,7 +614,9 @@ class Namespace:
                 self._commits[-1].answers += answers
                 self._commits[-1].measured += measured
                 self._commits[-1].effects.ended += effects.ended
+                self._commits[-1].evaluated.add(evaluated)
             elif self._lease_clock() < self._serves_until_s:
+                self._tally.add(evaluated)
                 self._end_turns(effects)
                 for answer, answered in answers:
                     answer(answered)
@@ -628,8 +636,9 @@ class Namespace:
         self._tally.commit_operations.add(operations)
         started_s, began_ns = self._lease_clock(), now_ns()
         done = self._store.commit(Batch(self._evaluator.version, records, sessions, forgotten))
-        self._commits.append(_Commit(done, started_s, effects, answers, began_ns, measured))
-        done.add_done_callback(self._committed)
+        commit = _Commit(done, started_s, effects, answers, began_ns, measured, evaluated)
+        self._commits.append(commit)
+        done.add_done_callback(functools.partial(self._committed, commit))
         self._commit_waiting()
 
     def _evaluate_waiting(self) -> tuple[list[tuple[Answer, bytes]], list[tuple[int, int]], int]:
@@ -650,18 +659,21 @@ class Namespace:
                 measured.append((len(request.operations), began_ns))
         return answers, measured, operations
 
-    def _committed(self, done: asyncio.Future[None]) -> None:
+    def _committed(self, commit: _Commit, done: asyncio.Future[None]) -> None:
         error = asyncio.CancelledError() if done.cancelled() else done.exception()
-        if error is not None:
+        if error is None:
+            self._tally.add(commit.evaluated)
+        else:
             # Whether it was kept is unknown, and memory can follow the store no more.
             self._tally.commits_failed += 1
             if not isinstance(error, FsmRayError):
                 # What others say than the system may be of users.
                 why = repr(error) if isinstance(error, OSError) else where(error)
                 error = StoreUnavailable(f"a commit failed: {why}", bot=self._bot_name)
+            self._tally.add_failed(commit.evaluated, error)
             self._stop(error)
         if self._stopped is None:
-            commit = self._commits.popleft()
+            self._commits.popleft()
             self._owned_since(commit.started_s)
             took_ns = now_ns() - commit.began_ns
             self._tally.commit_ns.add(took_ns)
@@ -715,13 +727,13 @@ class Namespace:
             try:
                 known = self._sessions.recall(request, self._answered)
             except FsmRayError as error:
-                return refusal(request, error, self._tally)
+                return refusal(request, error, self._evaluated)
             if known is not None:
                 self._tally.answered_again += 1
                 return known
         now_s = self._clock()
         self._evaluator.now_ms = int(now_s * 1_000)
-        methods, counted, results = self._evaluator.methods, self._counted, []
+        methods, counted, results = self._evaluator.methods, self._evaluated.operations, []
         for operation in request.operations:
             kind = type(operation)
             counted[kind] += 1
@@ -729,7 +741,7 @@ class Namespace:
                 results.append(methods[kind](operation))
             except FsmRayError as error:
                 # A failed operation leaves the others of its batch alone.
-                self._tally.count_failed(kind, error)
+                self._evaluated.count_failed(kind, error)
                 results.append(_encode_error(error, operation))
         answer = reply(WRITE, request.number, results)
         self._answered[request.session] = Answered(request.number, answer, now_s)
