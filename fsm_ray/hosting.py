@@ -248,11 +248,11 @@ class ShardHost:
     async def _open(self) -> Namespace:
         """Make the namespace from what the store holds."""
         _prefer_this_thread()
-        started_s = time.monotonic()
         loop = asyncio.get_running_loop()
         if self._publishing is None:
             # Before there is anything to tell: a store that cannot be opened must be seen, too.
             self._publishing = loop.create_task(self._keep_publishing())
+        started_s = time.monotonic()
         # Millions of new objects, none of them garbage, would be looked at again and again.
         gc.disable()
         try:
@@ -263,6 +263,7 @@ class ShardHost:
             self._tell_of_failure(error)
             if isinstance(error, NotOwner):
                 self._final = error
+                self._tally.ownerships_lost += 1
             raise
         else:
             self._namespace = namespace = Namespace(
@@ -276,7 +277,6 @@ class ShardHost:
             )
         finally:
             gc.enable()
-        loop = asyncio.get_running_loop()
         self._openings += 1
         self._keepers = [loop.create_task(namespace.keep_tidy())]
         if self._store.is_shared:

@@ -185,6 +185,8 @@ class ShardTally(OperationTally):
         self.commit_operations = Spread()
         """Operations of a commit."""
         self.commits_failed = 0
+        self.ownerships_lost = 0
+        """How often another process had the store, or the store did not confirm in time that it has none."""
         self.answered_again = 0
         """Requests that were sent again, though they had taken effect."""
         self.turns_lost = 0

@@ -21,7 +21,7 @@ from ray.util import metrics as ray_metrics
 from ray.util.client import ray as ray_client
 
 from fsm_ray import hosting
-from fsm_ray.errors import Overloaded, StoreUnavailable, VersionConflict
+from fsm_ray.errors import FsmRayError, NotOwner, Overloaded, StoreUnavailable, VersionConflict
 from fsm_ray.hosting import ShardHost
 from fsm_ray.metrics import catalog
 from fsm_ray.metrics.__main__ import DASHBOARD
@@ -164,16 +164,19 @@ def test_operations_are_published_by_kind_and_outcome(everything: FakeRay) -> No
     assert everything.value("ray_fsm_ray_record_bytes") == 1234
 
 
+@pytest.mark.parametrize(
+    ("error", "lost"), [(StoreUnavailable("it is full"), 0), (NotOwner("it is not ours"), 1)]
+)
 async def test_a_shard_whose_store_was_never_opened_is_told_of(
-    told: FakeRay, no_ray: None, monkeypatch: pytest.MonkeyPatch
+    told: FakeRay, no_ray: None, monkeypatch: pytest.MonkeyPatch, error: FsmRayError, lost: int
 ) -> None:
     class Unusable(MemoryStore):
         async def open(self) -> Contents:
-            raise StoreUnavailable("it is full")
+            raise error
 
     monkeypatch.setattr(hosting, "make_store", lambda *_: Unusable())
     shard = ShardHost("my_bot", 0, BotOptions())
-    with pytest.raises(StoreUnavailable):
+    with pytest.raises(type(error)):
         await shard.open()
     async with asyncio.timeout(10):
         while "ray_fsm_ray_serving" not in told.values:  # noqa: ASYNC110  # publishing is no event
@@ -182,6 +185,7 @@ async def test_a_shard_whose_store_was_never_opened_is_told_of(
 
     assert told.value("ray_fsm_ray_serving") == 0
     assert told.value("ray_fsm_ray_openings_total") < 1
+    assert told.value("ray_fsm_ray_ownerships_lost_total") == pytest.approx(lost, abs=1e-6)
     assert "ray_fsm_ray_records" not in told.values
 
 

@@ -30,6 +30,7 @@ from fsm_ray.options import BotOptions
 from fsm_ray.protocol import READ_CONTENT, READ_RECORD, WRITE, ContentView, RecordView, ReplyDecoder
 from fsm_ray.stores.base import Batch, Contents, Store
 from fsm_ray.stores.memory import MemoryStore
+from fsm_ray.tally import ShardTally
 
 ANN, BOB, CID = (encode_key(name) for name in ("ann", "bob", "cid"))
 
@@ -635,6 +636,7 @@ class Owner:
     def __init__(self) -> None:
         self.now_s = 1_000.0
         self.stopped: list[FsmRayError] = []
+        self.tally = ShardTally()
         self.store = SharedStore(asyncio.get_running_loop())
         contents = self.store.contents()
         contents.owned_since_s = self.now_s
@@ -645,6 +647,7 @@ class Owner:
             contents,
             lease_clock=lambda: self.now_s,
             on_stopped=self.stopped.append,
+            tally=self.tally,
         )
         self.client = Client(self.namespace)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fsm_ray import errors, protocol
 from fsm_ray.codec import encode_key
-from fsm_ray.errors import FsmRayError, Overloaded, StoreUnavailable, VersionConflict
+from fsm_ray.errors import FsmRayError, NotOwner, Overloaded, StoreUnavailable, VersionConflict
 from fsm_ray.namespace import Namespace
 from fsm_ray.options import BotOptions
 from fsm_ray.protocol import READ_CONTENT, SCAN, WRITE, Clear, ReadContent, SetRecord
@@ -29,7 +29,7 @@ from fsm_ray.tally import (
     outcome_of,
 )
 
-from .test_namespace import FakeStore, set_record
+from .test_namespace import LEASE_S, FakeStore, Owner, set_record
 
 ANN, BOB = encode_key("ann"), encode_key("bob")
 
@@ -42,6 +42,11 @@ def write(number: int, *operations: bytes, session: bytes = bytes(16), is_resend
 
 def a_shard(tally: ShardTally) -> Namespace:
     return Namespace("my_bot", BotOptions(), MemoryStore(), Contents(version=0), tally=tally)
+
+
+@pytest.fixture
+async def owner() -> Owner:
+    return Owner()
 
 
 def ignore(_reply: bytes) -> None: ...
@@ -204,6 +209,25 @@ async def test_operations_of_a_commit_that_fails_are_counted_as_failed_and_once_
     assert tally.operations[SetRecord] == 4
     assert tally.failed == {(SetRecord, StoreUnavailable): 2, (SetRecord, VersionConflict): 1}
     assert outcome_of(StoreUnavailable) == "unavailable"
+
+
+async def test_a_lease_that_lapsed_counts_once_as_an_ownership_lost(owner: Owner) -> None:
+    owner.now_s += LEASE_S
+    for _ in range(3):
+        owner.serves()
+
+    assert owner.tally.ownerships_lost == 1
+
+
+@pytest.mark.parametrize(("error", "lost"), [(NotOwner("somebody else"), 1), (OSError("disk full"), 0)])
+async def test_a_commit_that_finds_another_owner_counts_as_an_ownership_lost_and_no_other_does(
+    owner: Owner, error: Exception, lost: int
+) -> None:
+    owner.client.write(set_record(ANN))
+    owner.store.done(error)
+    await asyncio.sleep(0)
+
+    assert owner.tally.ownerships_lost == lost
 
 
 def test_tallies_of_several_threads_add_up() -> None:

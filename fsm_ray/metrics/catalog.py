@@ -71,6 +71,11 @@ COMMIT_OPERATIONS = Metric(
 COMMITS_FAILED = Metric(
     "fsm_ray_commits_failed", "counter", "Commits that failed; after each, the store is opened anew"
 )
+OWNERSHIPS_LOST = Metric(
+    "fsm_ray_ownerships_lost",
+    "counter",
+    "How often the shard lost its store: to another process, or as it was silent for a whole lease",
+)
 ANSWERED_AGAIN = Metric(
     "fsm_ray_requests_answered_again",
     "counter",

@@ -31,6 +31,7 @@ class ShardMetrics:
         publisher.histogram(catalog.COMMIT_SECONDS, tally.commit_ns, _NS)
         publisher.histogram(catalog.COMMIT_OPERATIONS, tally.commit_operations)
         publisher.counter(catalog.COMMITS_FAILED, tally.commits_failed)
+        publisher.counter(catalog.OWNERSHIPS_LOST, tally.ownerships_lost)
         publisher.counter(catalog.ANSWERED_AGAIN, tally.answered_again)
         publisher.counter(catalog.TURNS_LOST, tally.turns_lost)
         publisher.counter(catalog.CONNECTIONS_REFUSED, tally.connections_refused)

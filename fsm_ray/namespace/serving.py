@@ -21,7 +21,7 @@ from typing import NoReturn, cast
 import msgspec
 
 from fsm_ray import protocol
-from fsm_ray.errors import FsmRayError, NamespaceUnavailable, Overloaded, StoreUnavailable
+from fsm_ray.errors import FsmRayError, NamespaceUnavailable, NotOwner, Overloaded, StoreUnavailable
 from fsm_ray.logs import where
 from fsm_ray.namespace.evaluation import Effects, Evaluator, shown
 from fsm_ray.namespace.events import Events
@@ -514,7 +514,7 @@ class Namespace:
         while self._stopped is None:
             now_s = self._lease_clock()
             if now_s >= self._serves_until_s:
-                self._stop(self._lapsed())
+                self._lapse()
             elif (wait_s := self._serves_until_s - self._lease_s * _CONFIRM_AT - now_s) > 0:
                 await asyncio.sleep(wait_s)
             else:
@@ -546,19 +546,21 @@ class Namespace:
 
     def _stop_serving(self) -> NoReturn:
         if self._stopped is None:
-            self._stop(self._lapsed())
+            self._lapse()
         raise NotServing
 
-    def _lapsed(self) -> StoreUnavailable:
-        return StoreUnavailable(
+    def _lapse(self) -> None:
+        reason = StoreUnavailable(
             f"the store of bot {self._bot_name!r} did not confirm within ownership_lease_s "
             f"({self._lease_s} s) that this actor owns it",
             bot=self._bot_name,
         )
+        self._stop(reason, is_lapsed=True)
 
-    def _stop(self, reason: FsmRayError) -> None:
+    def _stop(self, reason: FsmRayError, *, is_lapsed: bool = False) -> None:
         if self._stopped is None:
             self._stopped = reason
+            self._tally.ownerships_lost += is_lapsed or isinstance(reason, NotOwner)
             self._serves_until_s = -math.inf
             self._waiting.clear()
             self._waiting_bytes = 0
@@ -623,7 +625,7 @@ class Namespace:
                 self._measure_writes(measured)
                 self._commit_waiting()
             else:
-                self._stop(self._lapsed())
+                self._lapse()
             return
         blob = self._packer.blob
         records = {key: packed and blob(packed) for key, packed in effects.overlay.items()}
