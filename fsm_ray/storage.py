@@ -610,7 +610,7 @@ class Storage(_Facade):
             bot.retire()  # all, before the end of one thread's turns lets those of another begin
         for bot in bots:
             bot.close()
-        self._directory.metrics.stop()
+        self._directory.metrics.publish()
 
     def __enter__(self) -> Self:
         return self
@@ -903,7 +903,7 @@ class AsyncStorage(_Facade):
                 await asyncio.wait([keeper])
             elif not loop.is_closed():
                 loop.call_soon_threadsafe(keeper.cancel)
-        self._directory.metrics.stop()
+        self._directory.metrics.publish()
 
     async def __aenter__(self) -> Self:
         return self

@@ -109,19 +109,29 @@ REQUESTS = {
     protocol.READ_CONTENT: "read",
     protocol.READ_RECORD: "read",
     protocol.TURN: "turn",
+    protocol.GRANTS: "turn",
     protocol.SCAN: "scan",
     protocol.COUNT: "count",
+    protocol.WATCH: "watch",
 }
-"""Kind of a request -> its name in metrics. The others wait until something happens."""
+"""Kind of a request -> its name in metrics."""
+
+_WAITING = frozenset({protocol.GRANTS, protocol.WATCH})
+"""Kinds of requests that wait until something happens: the time that they take tells nothing."""
+
+_OF_MANY = frozenset({protocol.SCAN, protocol.COUNT})
+"""Kinds of requests that are one operation, however many results it has."""
 
 OK = "ok"
+OVERLOADED = "overloaded"
+UNKNOWN = "unknown"
 
 _OUTCOMES: tuple[tuple[type[FsmRayError], str], ...] = (
     (VersionConflict, "conflict"),
     (InvalidInput, "invalid"),
     (TurnLost, "turn_lost"),
-    (Overloaded, "overloaded"),
-    (OutcomeUnknown, "unknown"),
+    (Overloaded, OVERLOADED),
+    (OutcomeUnknown, UNKNOWN),
     (NamespaceUnavailable, "unavailable"),
     (UnknownBot, "unknown_bot"),
     (ConfigurationError, "misconfigured"),
@@ -218,6 +228,12 @@ class ClientTally:
         """Attempts to reach the shard that failed and were followed by another."""
         self.resends = 0
         """Requests that were sent once more, over a new connection."""
+
+    def measure(self, kind: int, operations: int, took_ns: int) -> None:
+        """Count how long a request took that had so many operations, unless it waited for something."""
+        if kind not in _WAITING:
+            for _ in range(1 if kind in _OF_MANY else operations):
+                self.answer_ns[kind].add(took_ns)
 
     def merge(self, other: ClientTally) -> None:
         """Count all that the other one counted."""

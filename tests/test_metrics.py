@@ -10,9 +10,11 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,21 +22,31 @@ import ray
 from ray.util import metrics as ray_metrics
 from ray.util.client import ray as ray_client
 
-from fsm_ray import hosting
-from fsm_ray.errors import FsmRayError, NotOwner, Overloaded, StoreUnavailable, VersionConflict
+from fsm_ray import AsyncStorage, Storage, hosting
+from fsm_ray.errors import (
+    FsmRayError,
+    NamespaceUnavailable,
+    NotOwner,
+    OutcomeUnknown,
+    Overloaded,
+    StoreUnavailable,
+    VersionConflict,
+)
 from fsm_ray.hosting import ShardHost
-from fsm_ray.metrics import catalog
+from fsm_ray.metrics import catalog, client
 from fsm_ray.metrics.__main__ import DASHBOARD
 from fsm_ray.metrics.catalog import METRICS, Metric
-from fsm_ray.metrics.client import ClientMetrics
+from fsm_ray.metrics.client import OF_THIS_PROCESS, ClientMetrics
 from fsm_ray.metrics.publisher import Publisher
 from fsm_ray.metrics.shard import ShardMetrics
 from fsm_ray.namespace import NamespaceStatistics
 from fsm_ray.options import BotOptions
-from fsm_ray.protocol import TURN, WRITE, SetRecord
+from fsm_ray.protocol import GRANTS, READ_RECORD, TURN, WATCH, WRITE, SetRecord
 from fsm_ray.stores.base import Contents
 from fsm_ray.stores.memory import MemoryStore
 from fsm_ray.tally import OPERATIONS, OUTCOMES, REQUESTS, ShardTally, Spread
+
+from .conftest import Bots, RayCluster
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "how-to" / "metrics.md"
 
@@ -103,10 +115,31 @@ def told(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     return told
 
 
+class Session:
+    """A Ray that this process is a part of, as its runtime context tells."""
+
+    node_id = "first"
+
+    def get_node_id(self) -> str:
+        return self.node_id
+
+    def get_worker_id(self) -> str:
+        return "01000000"
+
+
 @pytest.fixture
-def attached(monkeypatch: pytest.MonkeyPatch) -> None:
+def session(monkeypatch: pytest.MonkeyPatch) -> Session:
     """As if Ray were initialised in this process."""
+    session = Session()
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: session)
+    return session
+
+
+@pytest.fixture
+def metrics(told: FakeRay, session: Session) -> ClientMetrics:
+    """What is published when the test says so."""
+    return ClientMetrics(publish_every_s=None)
 
 
 class Owner:
@@ -125,18 +158,18 @@ def busy_tally() -> ShardTally:
 
 
 @pytest.fixture
-def everything(told: FakeRay, attached: None) -> FakeRay:
+def everything(told: FakeRay, metrics: ClientMetrics) -> FakeRay:
     """What a shard and a client publish when everything happened."""
     shard = ShardMetrics("my_bot", 0, busy_tally())
     shard.publish()
     shard.publish_state(STATISTICS, record_bytes=1234, connections=5, openings=1, recovery_s=0.5)
-    owner, metrics = Owner(), ClientMetrics(publish_every_s=3600)
+    owner = Owner()
     tally = metrics.tally(owner, "my_bot", 0)
     for kind in REQUESTS:
-        tally.answer_ns[kind].add(50_000)
+        tally.measure(kind, 1, 50_000)
         tally.failed[kind, VersionConflict] += 1
     tally.turn_wait_ns.add(50_000)
-    metrics.stop()
+    metrics.publish()
     return told
 
 
@@ -220,12 +253,32 @@ def test_a_histogram_has_all_its_buckets_from_the_first_number_on(told: FakeRay)
     assert told.value("ray_fsm_ray_test_seconds_sum_total") == pytest.approx(1000.00304)
 
 
-def test_a_client_publishes_what_threads_counted_that_are_gone(told: FakeRay, attached: None) -> None:
-    metrics = ClientMetrics(publish_every_s=3600)
-    stays, goes = Owner(), Owner()
+def test_what_an_alert_looks_for_is_published_before_it_happens(
+    told: FakeRay, metrics: ClientMetrics
+) -> None:
+    ShardMetrics("my_bot", 0, ShardTally()).publish()
+    owner = Owner()
+    tally = metrics.tally(owner, "my_bot", 0)
+    metrics.publish()
+    before = told.value("ray_fsm_ray_client_failures_total", request="write", outcome="unknown")
+    tally.given_up[WRITE, OutcomeUnknown] += 1
+    metrics.publish()
+
+    assert before == pytest.approx(0, abs=1e-6)
+    assert told.value("ray_fsm_ray_client_failures_total", request="write", outcome="unknown") - before == 1
+    for operation in OPERATIONS.values():
+        refused = told.value("ray_fsm_ray_operations_total", operation=operation, outcome="overloaded")
+        assert refused == pytest.approx(0, abs=1e-6)
+
+
+def test_what_storages_counted_that_are_gone_is_published(told: FakeRay, metrics: ClientMetrics) -> None:
+    stays, goes, went = Owner(), Owner(), Owner()
     metrics.tally(stays, "my_bot", 0).retries = 1
+    metrics.tally(went, "my_bot", 0).retries = 10
     tally = metrics.tally(goes, "my_bot", 0)
     tally.retries = 2
+    del went
+    gc.collect()
     metrics.publish()
     tally.retries = 5
     tally.given_up[TURN, Overloaded] += 1
@@ -233,29 +286,155 @@ def test_a_client_publishes_what_threads_counted_that_are_gone(told: FakeRay, at
     gc.collect()
     metrics.publish()
     metrics.publish()
-    metrics.stop()
 
-    assert told.value("ray_fsm_ray_client_retries_total") == 6
+    assert told.value("ray_fsm_ray_client_retries_total") == 16
     assert told.value("ray_fsm_ray_client_failures_total", request="turn", outcome="overloaded") == 1
 
 
-@pytest.mark.parametrize("where", ["no Ray", "Ray Client", "a forked process"])
-def test_a_client_that_is_no_part_of_the_cluster_publishes_nothing(
-    told: FakeRay, monkeypatch: pytest.MonkeyPatch, where: str
+def test_requests_that_wait_are_published_when_they_failed_and_not_how_long_they_took(
+    told: FakeRay, metrics: ClientMetrics
 ) -> None:
-    metrics = ClientMetrics(publish_every_s=3600)
+    owner = Owner()
+    tally = metrics.tally(owner, "my_bot", 0)
+    for kind in (GRANTS, WATCH):
+        tally.measure(kind, 1, 10**10)
+        tally.given_up[kind, NamespaceUnavailable] += 1
+    metrics.publish()
+
+    failures = "ray_fsm_ray_client_failures_total"
+    assert told.value(failures, request="turn", outcome="unavailable") == 1
+    assert told.value(failures, request="watch", outcome="unavailable") == 1
+    assert "ray_fsm_ray_client_operation_seconds_count_total" not in told.values
+
+
+@pytest.mark.parametrize("kind", [Storage, AsyncStorage])
+async def test_closing_a_storage_publishes_at_once(
+    told: FakeRay, metrics: ClientMetrics, kind: type[Storage | AsyncStorage]
+) -> None:
+    storage, owner = kind(), Owner()
+    storage._directory.metrics = metrics
+    metrics.tally(owner, "my_bot", 0).retries = 3
+    closing = storage.close()
+    if closing is not None:
+        await closing
+
+    assert told.value("ray_fsm_ray_client_retries_total") == 3
+
+
+def test_another_ray_is_told_everything_anew(told: FakeRay, metrics: ClientMetrics, session: Session) -> None:
+    owner = Owner()
+    tally = metrics.tally(owner, "my_bot", 0)
+    tally.measure(WRITE, 1, 50_000)
+    metrics.publish()
+    first = {name: set(values) for name, values in told.values.items()}
+    told.values.clear()
+    metrics.publish()
+    assert not told.values
+
+    session.node_id = "second"
+    tally.retries = 1
+    metrics.publish()
+
+    assert {name: set(values) for name, values in told.values.items()} == first
+    assert told.value("ray_fsm_ray_client_retries_total") == 1
+
+
+def test_metrics_that_cannot_be_published_break_nothing_and_are_published_later(
+    told: FakeRay,
+    metrics: ClientMetrics,
+    session: Session,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    owner = Owner()
+    metrics.tally(owner, "my_bot", 0).retries = 2
+    with monkeypatch.context() as trouble:
+        trouble.setattr(session, "get_node_id", lambda: 1 // 0, raising=False)
+        metrics.publish()
+        metrics.publish()
+    metrics.publish()
+
+    assert told.value("ray_fsm_ray_client_retries_total") == 2
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("no metrics of this process: ZeroDivisionError in ")
+
+
+def test_it_is_published_at_once_and_then_again_and_again(
+    told: FakeRay, metrics: ClientMetrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = Owner()
+    tally = metrics.tally(owner, "my_bot", 0)
+    published: list[float] = []
+
+    class Enough(Exception):
+        pass
+
+    def sleep(_seconds: float) -> None:
+        published.append(told.value("ray_fsm_ray_client_retries_total"))
+        tally.retries += 4
+        if len(published) == 3:
+            raise Enough
+
+    monkeypatch.setattr(client, "time", SimpleNamespace(sleep=sleep))
+    with pytest.raises(Enough):
+        metrics._keep_publishing(7.0)
+
+    assert published == pytest.approx([0, 4, 8], abs=1e-6)
+
+
+@pytest.mark.parametrize("where", ["no Ray", "Ray Client", "a forked process"])
+def test_a_client_that_is_no_part_of_the_cluster_publishes_nothing_and_keeps_nothing(
+    told: FakeRay, metrics: ClientMetrics, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     owner = Owner()
     metrics.tally(owner, "my_bot", 0).retries = 1
     monkeypatch.setattr(ray, "is_initialized", lambda: where != "no Ray")
     monkeypatch.setattr(ray_client, "is_connected", lambda: where == "Ray Client")
     if where == "a forked process":
         monkeypatch.setattr(os, "getpid", lambda: -1)
+    goes = Owner()
+    metrics.tally(goes, "my_bot", 0).measure(WRITE, 1, 1)
+    del goes
+    gc.collect()
     metrics.publish()
-    metrics.tally(owner, "my_bot", 1).answer_ns[WRITE].add(1)
-    monkeypatch.undo()
-    metrics.stop()
 
     assert not told.values
+    assert len(metrics._shards["my_bot", 0].tallies) == 1
+
+
+def test_a_process_that_was_forked_before_anybody_counted_publishes(
+    told: FakeRay, metrics: ClientMetrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    owner = Owner()
+    metrics.tally(owner, "my_bot", 0).retries = 1
+    metrics.publish()
+
+    assert told.value("ray_fsm_ray_client_retries_total") == 1
+
+
+class Reader:
+    """A process that is given storages, as tasks are."""
+
+    def read(self, storage: Storage, bot: str) -> None:
+        storage.get_state(bot, "ann")
+
+    def counted(self, bot: str) -> tuple[int, int]:
+        """How many connections were counted, and how many threads publish that."""
+        gc.collect()
+        names = [thread.name for thread in threading.enumerate()]
+        return OF_THIS_PROCESS._shards[bot, 0].total().connections, names.count("fsm_ray metrics")
+
+
+@pytest.mark.ray
+def test_storages_that_tasks_are_given_are_counted_together(cluster: RayCluster, bots: Bots) -> None:
+    bot = bots.emptied()
+    reader: Any = ray.remote(Reader).options(num_cpus=0).remote()
+    for _ in range(5):
+        ray.get(reader.read.remote(Storage(), bot))
+
+    assert ray.get(reader.counted.remote(bot)) == (5, 1)
+    ray.kill(reader)
 
 
 # The dashboard and the documentation
@@ -324,6 +503,27 @@ def test_the_documentation_has_a_row_for_every_metric_with_its_tags_and_its_mean
         f"| `{metric.name}` | {metric.kind} | {', '.join(metric.tags)} | {metric.meaning} |"
         for metric in METRICS
     ]
+
+
+def test_the_documentation_says_how_many_series_a_worker_process_has_for_a_shard(
+    told: FakeRay, metrics: ClientMetrics
+) -> None:
+    owner = Owner()
+    tally = metrics.tally(owner, "my_bot", 0)
+
+    def series(*kinds: int) -> int:
+        for kind in kinds:
+            tally.measure(kind, 1, 50_000)
+        metrics.publish()
+        return sum(map(len, told.values.values()))
+
+    always, reads_and_writes = series(), series(READ_RECORD, WRITE)
+    tally.turn_wait_ns.add(50_000)
+    text = " ".join(DOCUMENT.read_text().split())
+
+    each = (reads_and_writes - always) // 2
+    assert f"for each shard, {always} series; and {each} more for each kind of request" in text
+    assert f"{reads_and_writes} if it reads and writes, {series(*REQUESTS)} if it does everything" in text
 
 
 def test_the_documentation_names_every_operation_and_outcome() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fsm_ray.metrics import catalog
 from fsm_ray.metrics.publisher import Publisher
 from fsm_ray.namespace import NamespaceStatistics
-from fsm_ray.tally import OK, OPERATIONS, REQUESTS, ShardTally, Spread, outcome_of
+from fsm_ray.tally import OK, OPERATIONS, OVERLOADED, REQUESTS, ShardTally, Spread, outcome_of
 
 _NS = 1e-9
 
@@ -67,10 +67,11 @@ class ShardMetrics:
             key = (operation, outcome_of(error))
             failed[key] = failed.get(key, 0) + count
         for operation, total in self._tally.operations.items():
-            if not total:
-                continue
             ends = {outcome: count for (kind, outcome), count in failed.items() if kind is operation}
-            ends[OK] = total - sum(ends.values())
+            if total:
+                ends[OK] = total - sum(ends.values())
+            # There before the first one, which an alert is to see.
+            ends.setdefault(OVERLOADED, 0)
             for outcome, count in ends.items():
                 self._publisher.counter(
                     catalog.OPERATIONS, count, operation=OPERATIONS[operation], outcome=outcome

@@ -33,7 +33,7 @@ from fsm_ray.errors import (
     RayUnreachable,
 )
 from fsm_ray.hosting import ShardDescription
-from fsm_ray.metrics.client import ClientMetrics
+from fsm_ray.metrics.client import OF_THIS_PROCESS
 from fsm_ray.notes import Version, find_mark
 from fsm_ray.options import BotOptions, check_bot_name, whereabouts
 from fsm_ray.upgrade import ReplacedShard, upgrade_shards
@@ -161,7 +161,7 @@ class Directory:
         self._lock = threading.Lock()
         self._options: dict[str, BotOptions] = {}
         self._endpoints: dict[tuple[str, int], Endpoint] = {}
-        self.metrics = ClientMetrics()
+        self.metrics = OF_THIS_PROCESS
 
     def init(self, bot_name: str, options: BotOptions) -> None:
         """See `Storage.init`. The shards' endpoints are known afterwards."""
