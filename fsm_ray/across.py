@@ -156,7 +156,7 @@ async def scan_async(
         asking, pages = bot.shards[number].asking, _ShardScan(front, after_key)
         try:
             while left and not pages.is_done:
-                results = await asking.ask(pages.request(_size(left)), timeout_s)
+                results = await asking.ask(SCAN, pages.request(_size(left)), timeout_s)
                 for conversation in pages.take(results):
                     left -= 1
                     yield conversation
@@ -174,7 +174,7 @@ def count(bot: BlockingBot, by: By) -> int | dict[Any, int]:
 async def count_async(bot: LoopBot, by: By, timeout_s: float) -> int | dict[Any, int]:
     """See `Storage.count`."""
     _check_by(by)
-    asked = [shard.asking.ask(protocol.count_request, timeout_s) for shard in bot.shards]
+    asked = [shard.asking.ask(COUNT, protocol.count_request, timeout_s) for shard in bot.shards]
     return _sum(await asyncio.gather(*asked), by)
 
 
@@ -185,7 +185,7 @@ def position(bot: BlockingBot) -> Position:
 
 async def position_async(bot: LoopBot, timeout_s: float) -> Position:
     """See `Storage.position`."""
-    asked = [shard.asking.ask(_where, timeout_s) for shard in bot.shards]
+    asked = [shard.asking.ask(WATCH, _where, timeout_s) for shard in bot.shards]
     return tuple([good(results[0]) for results in await asyncio.gather(*asked)])
 
 
@@ -239,7 +239,9 @@ async def _changes(asking: Asking, front: Front, since: int, timeout_s: float) -
     for attempt in itertools.count():
         try:
             return await asking.ask(
-                lambda number: protocol.watch_request(number, front, since, _WATCH_S), _WATCH_S + timeout_s
+                WATCH,
+                lambda number: protocol.watch_request(number, front, since, _WATCH_S),
+                _WATCH_S + timeout_s,
             )
         except Overloaded:
             raise

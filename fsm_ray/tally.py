@@ -29,7 +29,7 @@ now_ns = perf_counter_ns
 """The clock of all durations here."""
 
 MEASURE_EVERY = 16
-"""Of the requests of a session, the first of so many is measured: its time, and how much came together.
+"""Of the requests of a session, one in so many is measured: its time, and how much came together.
 
 A lone task would feel it if every one were. Operations and errors are all counted.
 """

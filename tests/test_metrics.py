@@ -598,6 +598,7 @@ def test_prometheus_reads_what_shards_and_workers_did() -> None:
     seconds = read["ray_fsm_ray_client_operation_seconds_bucket_total"]
     buckets = sorted((float(dict(tags)["le"]), count) for tags, count in seconds.items())
     assert len(buckets) == len(catalog.CLIENT_SECONDS.exponents) + 1
-    assert buckets[-1] == (float("inf"), 101 // 16 + 1)
+    # Which of the first sixteen is measured is left to chance.
+    assert buckets[-1] in [(float("inf"), 101 // 16), (float("inf"), 101 // 16 + 1)]
     assert [count for _, count in buckets] == sorted(count for _, count in buckets)
     assert set(read) <= {series for metric in METRICS for series in metric.series}

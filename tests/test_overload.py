@@ -575,17 +575,19 @@ class TestAsking:
         monkeypatch.setattr(asking, "MAX_OPEN", 2)
         open_ones = Asking(lambda: None, too_late, lambda: None)
         open_ones.connected(FakeConnection())
-        waiting = [asyncio.create_task(open_ones.ask(protocol.count_request, TIMEOUT_S)) for _ in range(2)]
+        waiting = [
+            asyncio.create_task(open_ones.ask(COUNT, protocol.count_request, TIMEOUT_S)) for _ in range(2)
+        ]
         await settle()
         with pytest.raises(Overloaded, match="retry later"):
-            await open_ones.ask(protocol.count_request, TIMEOUT_S)
+            await open_ones.ask(COUNT, protocol.count_request, TIMEOUT_S)
 
         open_ones.answered(1, [1])
         assert await waiting[0] == [1]
-        third = asyncio.create_task(open_ones.ask(protocol.count_request, TIMEOUT_S))
+        third = asyncio.create_task(open_ones.ask(COUNT, protocol.count_request, TIMEOUT_S))
         await settle()
         open_ones.answered(2, [2])
-        open_ones.answered(3, [3])
+        open_ones.answered(4, [3])
         assert [await waiting[1], await third] == [[2], [3]]
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import ClassVar, get_args
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any, ClassVar, get_args
 
 import pytest
 from hypothesis import given
@@ -11,10 +14,38 @@ from hypothesis import strategies as st
 
 from fsm_ray import errors, protocol
 from fsm_ray.codec import encode_key
-from fsm_ray.errors import FsmRayError, NotOwner, Overloaded, StoreUnavailable, VersionConflict
+from fsm_ray.errors import (
+    ChangesMissed,
+    FsmRayError,
+    NamespaceUnavailable,
+    NotOwner,
+    Overloaded,
+    StoreUnavailable,
+    VersionConflict,
+)
+from fsm_ray.metrics.client import ClientMetrics
 from fsm_ray.namespace import Namespace
 from fsm_ray.options import BotOptions
-from fsm_ray.protocol import READ_CONTENT, SCAN, WRITE, Clear, ReadContent, SetRecord
+from fsm_ray.protocol import (
+    COUNT,
+    GRANTS,
+    NO_TURN,
+    READ_CONTENT,
+    SCAN,
+    WATCH,
+    WRITE,
+    Begin,
+    Clear,
+    End,
+    ReadContent,
+    SetRecord,
+    WatchRequest,
+)
+from fsm_ray.routing.asking import Asking
+from fsm_ray.routing.blocking import BlockingShard
+from fsm_ray.routing.directory import Directory
+from fsm_ray.routing.lanes import Lane
+from fsm_ray.routing.route import Route
 from fsm_ray.stores.base import Contents
 from fsm_ray.stores.memory import MemoryStore
 from fsm_ray.tally import (
@@ -29,6 +60,7 @@ from fsm_ray.tally import (
     outcome_of,
 )
 
+from .test_lanes import FakeConnection, settle, too_late
 from .test_namespace import LEASE_S, FakeStore, Owner, set_record
 
 ANN, BOB = encode_key("ann"), encode_key("bob")
@@ -113,7 +145,7 @@ def test_operations_are_counted_by_kind_and_the_failed_ones_by_error() -> None:
     assert shard.statistics().operations == 8
 
 
-def test_the_first_of_every_sixteen_requests_is_measured() -> None:
+def test_one_of_every_sixteen_requests_is_measured() -> None:
     tally = ShardTally()
     shard = a_shard(tally)
 
@@ -123,6 +155,39 @@ def test_the_first_of_every_sixteen_requests_is_measured() -> None:
     assert (len(tally.request_ns[WRITE]), len(tally.batch[WRITE]), tally.batch[WRITE].total) == (2, 2, 4)
     assert tally.request_ns[WRITE].total > 0
     assert tally.operations[SetRecord] == 4 * MEASURE_EVERY
+
+
+async def test_requests_of_short_sessions_are_measured_now_and_then() -> None:
+    tally = ShardTally()
+    shard = a_shard(tally)
+
+    async with asyncio.timeout(10):
+        while not tally.request_ns[WRITE]:
+            shard.handle(write(1, set_record(ANN), session=os.urandom(16)), ignore)
+            await shard._tidy_up()
+
+    assert tally.operations[SetRecord] > 1
+
+
+def test_a_sign_of_life_is_no_operation() -> None:
+    tally = ShardTally()
+    shard = a_shard(tally)
+    sign = protocol.end_turn(NO_TURN)
+
+    turn = [protocol.begin_turn(1, ANN), sign, protocol.end_turn(1)]
+    shard.handle(protocol.turn_request(1, turn, bytes(16))[4:], ignore)
+    shard.refuse(protocol.turn_request(2, [sign], bytes(16))[4:], Overloaded(""))
+
+    assert (tally.operations[Begin], tally.operations[End], tally.failed) == (1, 1, {})
+
+
+def test_a_watch_that_missed_changes_has_failed() -> None:
+    tally = ShardTally()
+
+    a_shard(tally).handle(protocol.watch_request(1, (None, None), 99, 0.0)[4:], ignore)
+
+    assert tally.operations[WatchRequest] == 1
+    assert tally.failed == {(WatchRequest, ChangesMissed): 1}
 
 
 def test_scans_are_all_measured() -> None:
@@ -151,7 +216,7 @@ async def test_a_commit_is_timed_until_the_store_has_it_and_its_writes_until_the
     shard = Namespace("my_bot", BotOptions(), store, await store.open(), tally=tally)
     replies: list[bytes] = []
 
-    shard.handle(write(1, set_record(ANN), set_record(BOB)), replies.append)
+    shard.handle(write(MEASURE_EVERY, set_record(ANN), set_record(BOB)), replies.append)
     before = len(tally.commit_ns), len(tally.request_ns[WRITE])
     store.done()
     await asyncio.sleep(0)
@@ -228,6 +293,113 @@ async def test_a_commit_that_finds_another_owner_counts_as_an_ownership_lost_and
     await asyncio.sleep(0)
 
     assert owner.tally.ownerships_lost == lost
+
+
+class Direct:
+    """Carries the requests of a thread to a shard that is here."""
+
+    def __init__(self, shard: Namespace) -> None:
+        self._shard = shard
+
+    def exchange(self, request: bytes) -> bytes:
+        reply = self._shard.handle(request[4:], ignore)
+        assert reply is not None
+        return reply[4:]
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """It takes no time."""
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+@pytest.fixture
+def thread() -> BlockingShard:
+    """A shard with three records, as a thread sees it."""
+    directory = Directory(None, 1.0)
+    directory.metrics = ClientMetrics(publish_every_s=None)
+    thread = BlockingShard(directory, Route("my_bot", BotOptions()), 0, 1.0, lambda: None, by_socket=False)
+    thread._connection = Direct(a_shard(ShardTally()))
+    thread.write([set_record(encode_key(number)) for number in range(3)])
+    return thread
+
+
+@pytest.fixture
+async def loop_tally() -> ClientTally:
+    return ClientTally()
+
+
+@pytest.fixture
+async def asking(loop_tally: ClientTally) -> Asking:
+    """What a loop asks a shard for, which answers when the test says so."""
+    asking = Asking(lambda: None, too_late, lambda: None, loop_tally)
+    asking.connected(FakeConnection())
+    return asking
+
+
+async def ask(asking: Asking, kind: int, number: int, results: Sequence[Any]) -> None:
+    """Let it ask for anything, and answer."""
+    asked = asyncio.create_task(asking.ask(kind, protocol.count_request, 10))
+    await settle()
+    asking.answered(number, results)
+    await asked
+
+
+def test_a_thread_that_reads_and_writes_in_turns_measures_both(thread: BlockingShard) -> None:
+    for _ in range(MEASURE_EVERY):
+        thread.read(READ_CONTENT, [protocol.read(ANN)])
+        thread.write([set_record(ANN)])
+
+    assert (len(thread._tally.answer_ns[READ_CONTENT]), len(thread._tally.answer_ns[WRITE])) == (1, 1)
+
+
+def test_a_thread_counts_a_page_of_a_scan_once_whatever_it_found(thread: BlockingShard) -> None:
+    for number in range(MEASURE_EVERY):
+        scan = (number.to_bytes(16), 0, False)
+        request = functools.partial(_scan, scan)
+        found = thread.ask(SCAN, request)
+
+    assert len(found) == 4
+    assert len(thread._tally.answer_ns[SCAN]) == 1
+
+
+def _scan(scan: tuple[bytes, int, bool], number: int) -> bytes:
+    return protocol.scan_request(number, scan, (None, None), None, 500)
+
+
+@pytest.mark.parametrize(("kind", "measured"), [(SCAN, 1), (COUNT, 1), (WATCH, 0), (GRANTS, 0)])
+async def test_a_loop_counts_what_it_asks_for_as_a_thread_does(
+    asking: Asking, loop_tally: ClientTally, kind: int, measured: int
+) -> None:
+    for number in range(1, MEASURE_EVERY + 1):
+        await ask(asking, kind, number, [1, 2, 3])
+    await ask(asking, kind, MEASURE_EVERY + 1, [Overloaded("")])
+
+    assert len(loop_tally.answer_ns[kind]) in (measured, 2 * measured)
+    assert loop_tally.failed == {(kind, Overloaded): 1}
+
+
+async def test_a_loop_counts_what_it_asked_for_in_vain(asking: Asking, loop_tally: ClientTally) -> None:
+    asked = asyncio.create_task(asking.ask(WATCH, protocol.count_request, 10))
+    await settle()
+    asking.fail(lambda: NamespaceUnavailable(""))
+    await asyncio.wait([asked])
+
+    assert isinstance(asked.exception(), NamespaceUnavailable)
+    assert loop_tally.given_up == {(WATCH, NamespaceUnavailable): 1}
+
+
+async def test_the_first_request_of_a_session_is_not_always_the_measured_one(thread: BlockingShard) -> None:
+    sessions: list[Any] = []
+    for _ in range(100):
+        sessions.append(thread.twin(1.0))
+        sessions.append(Lane(WRITE, 1.0, lambda: None, too_late))
+        sessions.append(Asking(lambda: None, too_late, lambda: None))
+
+    for kind in (BlockingShard, Lane, Asking):
+        of_kind = [session._measured for session in sessions if isinstance(session, kind)]
+        assert len(of_kind) == 100
+        assert len(set(of_kind)) > 1
 
 
 def test_tallies_of_several_threads_add_up() -> None:

@@ -54,14 +54,14 @@ OPERATIONS = Metric(
 REQUEST_SECONDS = Metric(
     "fsm_ray_request_seconds",
     "histogram",
-    "From the arrival of a request at the shard to its reply, the commit included; every 16th is measured",
+    "From a request's arrival to its reply, the commit included; of one in 16, and of each scan and count",
     (*SHARD, "request"),
     _SECONDS,
 )
 REQUEST_OPERATIONS = Metric(
     "fsm_ray_request_operations",
     "histogram",
-    "Operations that came together in one request; every 16th is counted",
+    "Operations that came together in one request; of one in 16",
     (*SHARD, "request"),
     _OPERATIONS,
 )
@@ -120,7 +120,7 @@ CLIENT_FAILURES = Metric(
 CLIENT_SECONDS = Metric(
     "fsm_ray_client_operation_seconds",
     "histogram",
-    "From the call of an operation to its answer; of every 16th request",
+    "From the call of an operation to its answer; of one request in 16",
     (*SHARD, "request"),
     _CLIENT_SECONDS,
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+import random
 import time
 from collections import deque
 from collections.abc import Callable
@@ -195,6 +196,8 @@ class Namespace:
         self._bot_name = bot_name
         self._tally = tally or ShardTally()
         self._counted = self._tally.operations
+        self._measured = 0
+        """Which of so many requests of a session is; another one each second, as sessions may be short."""
         self._store = store
         self._is_durable = store.is_durable
         self._packer = Packer()
@@ -259,7 +262,7 @@ class Namespace:
             request = decode_request(body)
         except _UNDECODABLE as error:
             raise MalformedRequest(str(error)) from error
-        began_ns = now_ns() if request.number % MEASURE_EVERY == 1 else 0
+        began_ns = now_ns() if request.number % MEASURE_EVERY == self._measured else 0
         if type(request) is WriteRequest:
             if self._is_durable:
                 return self._commit_soon(request, answer, began_ns, len(body))
@@ -431,6 +434,7 @@ class Namespace:
 
     async def _tidy_up(self) -> None:
         self._rates.append((self._lease_clock(), self._operations))
+        self._measured = random.randrange(MEASURE_EVERY)
         lost = self._tally.turns_lost
         self._turns.leases.expire()
         self._events.expired(self._tally.turns_lost - lost)

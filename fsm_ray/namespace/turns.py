@@ -11,7 +11,7 @@ from fsm_ray import protocol
 from fsm_ray.errors import FsmRayError, TurnLost
 from fsm_ray.namespace.leases import Leases, TurnId
 from fsm_ray.namespace.refusals import refusal
-from fsm_ray.protocol import GRANTS, TURN, Begin, CommitTurn, GrantsRequest, TurnRequest, reply
+from fsm_ray.protocol import GRANTS, NO_TURN, TURN, Begin, CommitTurn, GrantsRequest, TurnRequest, reply
 from fsm_ray.tally import ShardTally
 
 _QUEUED = protocol.encode_result(value=False)
@@ -47,7 +47,8 @@ class Turns:
         results = []
         for operation in request.operations:
             turn = (request.session, operation.turn)
-            self._tally.operations[type(operation)] += 1
+            # A sign of life ends no turn, and is no operation.
+            self._tally.operations[type(operation)] += operation.turn != NO_TURN
             if type(operation) is not Begin:
                 results.append(protocol.encode_result(self.leases.end(turn)))
                 continue

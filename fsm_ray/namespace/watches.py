@@ -197,6 +197,7 @@ class Watches:
             bot=self._bot_name,
             version=self._end,
         )
+        self._tally.count_failed(WatchRequest, error)
         return reply(WATCH, request.number, [protocol.encode_error(error)])
 
     def _shorten(self) -> None:

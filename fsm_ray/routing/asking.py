@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from fsm_ray.errors import FsmRayError, Overloaded
+from fsm_ray.protocol import GOOD_RESULTS, error_of
 from fsm_ray.routing.lanes import Connection
+from fsm_ray.tally import MEASURE_EVERY, ClientTally, now_ns
 
 MAX_OPEN = 4_096
 """Requests of one loop to one shard that are under way."""
@@ -22,6 +25,7 @@ class Asking:
         wake: Callable[[], None],
         too_late: Callable[..., FsmRayError],
         on_silence: Callable[[], None],
+        tally: ClientTally | None = None,
     ) -> None:
         """Make one without a connection.
 
@@ -29,7 +33,10 @@ class Asking:
             wake: called when there is work and no connection.
             too_late: makes the error of a request that is given up.
             on_silence: called when a request got no answer in time.
+            tally: what to count in.
         """
+        self._tally = tally or ClientTally()
+        self._measured = random.randrange(MEASURE_EVERY)
         self._loop = asyncio.get_running_loop()
         self._wake = wake
         self._too_late = too_late
@@ -43,31 +50,26 @@ class Asking:
     def has_work(self) -> bool:
         return bool(self._open)
 
-    async def ask(self, request: Callable[[int], bytes], timeout_s: float) -> Sequence[Any]:
+    async def ask(self, kind: int, request: Callable[[int], bytes], timeout_s: float) -> Sequence[Any]:
         """The results that the shard gives to this request, which gets a number.
 
         Raises:
             NamespaceUnavailable: none came in time.
             Overloaded: too many are under way.
         """
-        if len(self._open) >= MAX_OPEN:
-            raise Overloaded(
-                f"{MAX_OPEN} scans, counts and watches of this process are under way: retry later"
-            )
-        number = next(self._numbers)
-        results: asyncio.Future[Sequence[Any]] = self._loop.create_future()
+        number, began_ns = next(self._numbers), now_ns()
         frame = request(number)
-        self._open[number] = (frame, results)
-        timer = self._loop.call_later(timeout_s, self._expire, results)
         try:
-            if self._send is None:
-                self._wake()
-            else:
-                self._send(frame)
-            return await results
-        finally:
-            timer.cancel()
-            self._open.pop(number, None)
+            results = await self._results(number, frame, timeout_s)
+        except FsmRayError as error:
+            self._tally.given_up[kind, type(error)] += 1
+            raise
+        if number % MEASURE_EVERY == self._measured:
+            self._tally.measure(kind, len(results), now_ns() - began_ns)
+        for result in results:
+            if type(result) not in GOOD_RESULTS:
+                self._tally.failed[kind, type(error_of(result))] += 1
+        return results
 
     def tell(self, request: Callable[[int], bytes]) -> None:
         """Send a request whose results nobody waits for, if there is a connection."""
@@ -96,6 +98,24 @@ class Asking:
 
     def close(self) -> None:
         self._send = None
+
+    async def _results(self, number: int, frame: bytes, timeout_s: float) -> Sequence[Any]:
+        if len(self._open) >= MAX_OPEN:
+            raise Overloaded(
+                f"{MAX_OPEN} scans, counts and watches of this process are under way: retry later"
+            )
+        results: asyncio.Future[Sequence[Any]] = self._loop.create_future()
+        self._open[number] = (frame, results)
+        timer = self._loop.call_later(timeout_s, self._expire, results)
+        try:
+            if self._send is None:
+                self._wake()
+            else:
+                self._send(frame)
+            return await results
+        finally:
+            timer.cancel()
+            self._open.pop(number, None)
 
     def _expire(self, results: asyncio.Future[Any]) -> None:
         if not results.done():

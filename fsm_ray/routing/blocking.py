@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -106,7 +107,8 @@ class BlockingShard:
         """What the shard knows this thread's writes and turns by."""
         self._number = 0
         self._asked = 0
-        self._calls = 0
+        # Not the first for all: that of a session has the connecting in its time.
+        self._measured = random.randrange(MEASURE_EVERY)
         self._last_turn = NO_TURN
         self._connection: Connection | None = None
         self._tally = directory.metrics.tally(self, route.bot_name, shard)
@@ -136,6 +138,7 @@ class BlockingShard:
         number, session = self._number, self.session_id
         return self._call(
             WRITE,
+            number,
             lambda is_resend: protocol.write_request(number, operations, session, is_resend=is_resend),
         )
 
@@ -153,7 +156,7 @@ class BlockingShard:
             self._leave_parent()
         self._asked += 1
         frame = request(self._asked)
-        return self._call(kind, lambda _: frame)
+        return self._call(kind, self._asked, lambda _: frame)
 
     def begin_turn(self, key: bytes, timeout_s: float) -> tuple[int, RecordView | None]:
         """The number of a turn that has the conversation of this encoded key, and the record.
@@ -237,20 +240,17 @@ class BlockingShard:
             # Over a new connection there is nothing to wait for: each turn has to be asked for again.
             return protocol.grants_request(number, self.session_id, 0.0 if is_resend else wait_s)
 
-        results = self._call(GRANTS, request)
+        results = self._call(GRANTS, number, request)
         return [good(result) for result in results]
 
     def __del__(self) -> None:
         self.close()
 
-    def _call(self, kind: int, request: Callable[[bool], bytes]) -> Sequence[Any]:
-        self._calls += 1
-        began_ns = now_ns() if self._calls % MEASURE_EVERY == 1 else 0
+    def _call(self, kind: int, number: int, request: Callable[[bool], bytes]) -> Sequence[Any]:
+        began_ns = now_ns() if number % MEASURE_EVERY == self._measured else 0
         _, _, results = self._route.decoder.decode(self._exchange(kind, request))
         if began_ns:
-            took_ns = now_ns() - began_ns
-            for _ in results:
-                self._tally.answer_ns[kind].add(took_ns)
+            self._tally.measure(kind, len(results), now_ns() - began_ns)
         for result in results:
             if type(result) not in GOOD_RESULTS:
                 self._tally.failed[kind, type(protocol.error_of(result))] += 1

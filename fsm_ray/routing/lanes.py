@@ -13,6 +13,7 @@ import bisect
 import functools
 import itertools
 import os
+import random
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, Protocol
@@ -121,6 +122,8 @@ class Lane:
         """
         self._kind = kind
         self._tally = tally or ClientTally()
+        # Not the first for all: that of a session has the connecting in its time.
+        self._measured = random.randrange(MEASURE_EVERY)
         self._loop = asyncio.get_running_loop()
         self._make_future = functools.partial(asyncio.Future, loop=self._loop)
         # Not the loop's time: that of uvloop counts milliseconds, and latencies are less than one.
@@ -221,7 +224,7 @@ class Lane:
             self._flush()
         else:
             self._is_idle = self._send is not None
-        if number % MEASURE_EVERY == 1:
+        if number % MEASURE_EVERY == self._measured:
             add_waits(self._tally.answer_ns[self._kind], request.called_at, self._now())
         for future, result in zip(futures, results, strict=True):
             try:

@@ -122,7 +122,7 @@ class Shard:
             )
             for kind in (WRITE, READ_CONTENT, READ_RECORD, TURN)
         ]
-        self.asking = Asking(self._connect, self._too_late, self._hang_up)
+        self.asking = Asking(self._connect, self._too_late, self._hang_up, self._tally)
         self.turns = LoopTurns(self.lanes[TURN], self.asking, timeout_s, self._tally)
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from fsm_ray import protocol
 from fsm_ray.errors import FsmRayError
 from fsm_ray.namespace.leases import LEASE_S
-from fsm_ray.protocol import NO_TURN, Grant, RecordView, grants_request
+from fsm_ray.protocol import GRANTS, NO_TURN, Grant, RecordView, grants_request
 from fsm_ray.routing.asking import Asking
 from fsm_ray.routing.lanes import Lane
 from fsm_ray.tally import ClientTally, now_ns
@@ -136,6 +136,7 @@ class LoopTurns:
         try:
             while self._waiting:
                 results = await self._asking.ask(
+                    GRANTS,
                     lambda number: grants_request(number, self.session_id, SIGN_OF_LIFE_S),
                     SIGN_OF_LIFE_S + self._timeout_s,
                 )
