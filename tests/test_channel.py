@@ -1011,6 +1011,21 @@ class TestTheEndOfAConnection:
             pass
 
 
+@both_clients
+async def test_a_client_of_another_version_hangs_up_and_is_not_taken_for_a_stranger(
+    running: RunningServer, address: Address, open_client: OpenClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mismatch(_theirs: int) -> None:
+        raise ProtocolMismatch("the actor speaks another version")
+
+    monkeypatch.setattr(handshake, "check_protocol_version", mismatch)
+    with pytest.raises(ProtocolMismatch):
+        await open_client(address)
+    await asyncio.to_thread(running.until, lambda: not running.server.connections)
+
+    assert running.server._tally.connections_refused == 0
+
+
 class TestTheUnixSocket:
     def test_only_its_owner_can_open_it(self, running: RunningServer) -> None:
         path = Path(running.run(running.server.listen_unix("shard")))

@@ -466,9 +466,19 @@ def test_the_dashboard_queries_every_metric_and_nothing_else() -> None:
 def test_the_dashboard_groups_by_tags_that_the_metric_has() -> None:
     published = {series: metric for metric in METRICS for series in metric.series}
     for query in queries(json.loads(DASHBOARD.read_text())):
-        for tags, series in re.findall(r"sum by \(([^)]*)\) \((?:\w+\()?(ray_fsm_ray_\w+)", query):
+        for tags, series in re.findall(r"(?:sum|max) by \(([^)]*)\) \((?:\w+\()?(ray_fsm_ray_\w+)", query):
             has = {*published[series].tags, *(["le"] if "_bucket" in series else [])}
             assert set(tags.split(", ")) <= has, query
+
+
+def test_gauges_of_a_shard_are_not_added_up_with_those_of_its_process_before() -> None:
+    """Ray serves a gauge for a while after its process has ended."""
+    asked = [*queries(json.loads(DASHBOARD.read_text())), *re.findall("expr: (.*)", DOCUMENT.read_text())]
+    for metric in METRICS:
+        for query in asked:
+            if metric.kind == "gauge" and not query.startswith("label_values("):
+                for before in re.findall(rf"(.*?){metric.series[0]}\b", query):
+                    assert re.search(r"max by \(bot, shard\) \((max_over_time\()?$", before), query
 
 
 def test_the_panels_have_numbers_and_places_of_their_own() -> None:
