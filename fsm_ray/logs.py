@@ -1,4 +1,7 @@
-"""Logs: lines for an operator, one for each event. They name bots, shards and stores, never users."""
+"""Logs: lines for an operator, one for each event. They name bots, shards and stores, never users.
+
+Each is in the table of docs/how-to/metrics.md, which tells what to do.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,11 @@ class Seldom:
         """What to add to a line: how many were held back since the one before."""
         held_back, self._held_back = self._held_back, 0
         return f" ({held_back} more since the last such line)" if held_back else ""
+
+
+def one_line(error: BaseException) -> str:
+    """What the error says, in one line: Ray's errors have several."""
+    return " ".join(str(error).split())
 
 
 def where(error: BaseException) -> str:

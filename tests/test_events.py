@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import logging
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+from ray.exceptions import RayTaskError
 
+import fsm_ray
 from fsm_ray import hosting, protocol
 from fsm_ray.channel.server import Server
 from fsm_ray.codec import encode_data, encode_key
-from fsm_ray.errors import Overloaded, StoreCorrupted, StoreUnavailable, TurnLost
+from fsm_ray.errors import NamespaceUnavailable, Overloaded, StoreCorrupted, StoreUnavailable, TurnLost
 from fsm_ray.hosting import ShardHost
-from fsm_ray.logs import Seldom, where
+from fsm_ray.logs import Seldom, one_line, where
+from fsm_ray.metrics.client import ClientMetrics
 from fsm_ray.namespace import MalformedRequest, Namespace, NotServing, serving
 from fsm_ray.namespace.events import CALM_S, SLOW_COMMIT_S, Events
 from fsm_ray.options import BotOptions
 from fsm_ray.protocol import CommitTurn, SetRecord
+from fsm_ray.routing.blocking import BlockingRayCall
+from fsm_ray.routing.directory import Directory
+from fsm_ray.routing.loop import RayCallConnection, Shard
+from fsm_ray.routing.pulse import Pulse
+from fsm_ray.routing.route import Route
 from fsm_ray.stores.base import Contents
 from fsm_ray.stores.memory import MemoryStore
 from fsm_ray.tally import ShardTally
+
+from .conftest import eventually
+
+PACKAGE = Path(fsm_ray.__file__).parent
+
+DOCUMENT = PACKAGE.parent / "docs" / "how-to" / "metrics.md"
+
+READ = protocol.read_request(protocol.READ_RECORD, 1, [])
 
 NAME = "shard 3 of bot 'my_bot'"
 
@@ -162,6 +180,113 @@ def test_where_an_error_came_from_is_said_without_what_it_says() -> None:
 
     assert said.startswith("KeyError in test_where_an_error_came_from")
     assert "ann" not in said.replace("said", "")
+
+
+def logged() -> Iterator[str]:
+    """The format of every line that the package writes, but for the demo's."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.is_relative_to(PACKAGE / "demo"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(("logger.", "_logger.")):
+                yield from (
+                    each.value
+                    for each in node.args
+                    if isinstance(each, ast.Constant) and isinstance(each.value, str)
+                )
+
+
+@pytest.mark.parametrize("line", sorted(set(logged())))
+def test_the_documentation_tells_what_to_do_about_each_line(line: str) -> None:
+    _, _, told = DOCUMENT.read_text().partition("## Logs")
+    fixed = max((part.strip(" :") for part in re.split(r"%[.\d]*\w", line)), key=len)
+
+    assert fixed in told
+    assert len(fixed) > 6 or line == "bot %r: %s"  # an upgrade's, which has nothing else that is fixed
+
+
+def test_an_error_of_several_lines_is_told_in_one() -> None:
+    assert one_line(ValueError("the actor died\n\tname: a\n")) == "the actor died name: a"
+
+
+class Silent:
+    """A shard that a thread has a turn of, and that does not answer."""
+
+    session_id = bytes(16)
+
+    def __init__(self) -> None:
+        self.signs = 0
+
+    def twin(self, timeout_s: float) -> Silent:
+        assert timeout_s > 0
+        return self
+
+    def show_life(self, session_id: bytes) -> None:
+        assert session_id == self.session_id
+        self.signs += 1
+        raise NamespaceUnavailable("shard 3 gave no answer")
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def test_a_turn_that_may_be_lost_is_told_once_though_the_shard_stays_silent(
+    told: Callable[[], list[str]],
+) -> None:
+    pulse, shard = Pulse(sign_of_life_s=0.001), Silent()
+    pulse.begun(shard)  # type: ignore[arg-type]
+    eventually(lambda: shard.signs > 3, "signs of life")
+    pulse.stop()
+
+    assert told() == ["a turn may be lost: shard 3 gave no answer"]
+
+
+async def test_a_ray_call_that_failed_is_told_in_one_line_without_what_the_actor_said(
+    told: Callable[[], list[str]],
+) -> None:
+    error = RayTaskError("exchange", f"Traceback:\n  {MARKER}\n", KeyError(MARKER))
+    lost = asyncio.Event()
+    RayCallConnection(Failing(error), lambda _: None, lost.set).send(READ)  # type: ignore[arg-type]
+    async with asyncio.timeout(10):
+        await lost.wait()
+    with pytest.raises(ConnectionResetError) as raised:
+        BlockingRayCall(Failing(error), 1.0).exchange(READ)  # type: ignore[arg-type]
+
+    for line in (*told(), str(raised.value)):
+        assert MARKER not in line
+        assert "\n" not in line
+        assert "RayTaskError in " in line
+
+
+async def test_what_nobody_expected_of_connecting_is_told_in_one_line_without_what_it_says(
+    told: Callable[[], list[str]],
+) -> None:
+    class Odd(Directory):
+        def known_endpoint(self, bot_name: str, shard: int) -> NoReturn:
+            raise KeyError(MARKER)
+
+    directory = Odd(None, 1.0)
+    directory.metrics = ClientMetrics(publish_every_s=None)
+    shard = Shard(directory, Route("my_bot", BotOptions()), 0, 10.0, lambda: None, by_socket=True)
+    with pytest.raises(NamespaceUnavailable, match="cannot be reached"):
+        await shard.lanes[protocol.WRITE].submit(protocol.clear(encode_key("ann"), None))
+    shard.close()
+
+    (line,) = told()
+    assert line.startswith("shard 0 of bot 'my_bot' cannot be reached: KeyError in known_endpoint")
+    assert MARKER not in line
+    assert "\n" not in line
+
+
+class Failing:
+    """The handle of an actor whose calls fail."""
+
+    def __init__(self, error: RayTaskError) -> None:
+        self._error = error
+        self.exchange = self
+
+    def remote(self, _request: bytes) -> NoReturn:
+        raise self._error
 
 
 # Nothing of users

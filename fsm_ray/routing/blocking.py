@@ -31,6 +31,7 @@ from fsm_ray.errors import (
     StorageClosed,
     UnknownBot,
 )
+from fsm_ray.logs import one_line, where
 from fsm_ray.protocol import (
     GOOD_RESULTS,
     GRANTS,
@@ -74,7 +75,8 @@ class BlockingRayCall:
         except GetTimeoutError as error:
             raise BlockingIOError(str(error)) from error
         except RayError as error:
-            raise ConnectionResetError(str(error)) from error
+            # Not what it says: an error of the actor's has its traceback in its message.
+            raise ConnectionResetError(f"a Ray call failed: {where(error)}") from error
         return reply[4:]
 
     def set_timeout(self, timeout_s: float) -> None:
@@ -284,7 +286,9 @@ class BlockingShard:
                     )
                     self._tally.given_up[kind, type(too_late)] += 1
                     raise too_late from error
-                logger.info("shard %d of bot %r: %s", self._shard, self._route.bot_name, error)
+                logger.info(
+                    "no way to shard %d of bot %r: %s", self._shard, self._route.bot_name, one_line(error)
+                )
                 self._tally.retries += 1
                 time.sleep(min(retry_delay_s(attempt), left_s))
                 attempt += 1

@@ -17,6 +17,7 @@ from fsm_ray.channel.client import addresses, open_connection
 from fsm_ray.channel.handshake import HandshakeFailed
 from fsm_ray.codec import encode_key
 from fsm_ray.errors import FsmRayError, NamespaceUnavailable, OutcomeUnknown, ProtocolMismatch
+from fsm_ray.logs import one_line, where
 from fsm_ray.protocol import (
     BIN8,
     READ_CONTENT,
@@ -73,7 +74,8 @@ class RayCallConnection:
             async with self._one_write if is_write(request) else contextlib.nullcontext():
                 frame = await (self._handle.exchange.remote(request) if reply is None else reply)
         except (RayError, ConnectionError) as error:
-            logger.info("a Ray call to a shard failed: %s", error)
+            # Not what it says: an error of the actor's has its traceback in its message.
+            logger.info("a Ray call to a shard failed: %s", where(error))
             self.close()
             self._on_lost()
         else:
@@ -160,7 +162,12 @@ class Shard:
                     self._connection = await self._open(is_first=attempt == 0)
                 except NamespaceUnavailable as error:
                     self._trouble = str(error)
-                    logger.info("shard %d of bot %r: %s", self._shard, self._route.bot_name, error)
+                    logger.info(
+                        "no way to shard %d of bot %r: %s",
+                        self._shard,
+                        self._route.bot_name,
+                        one_line(error),
+                    )
                     self._tally.retries += 1
                     await asyncio.sleep(retry_delay_s(attempt))
                     attempt += 1
@@ -179,13 +186,17 @@ class Shard:
             told = str(error)
             is_mismatch = isinstance(error, ProtocolMismatch)
             self.fail(error.copied, (lambda: self._route.outcome_unknown(told)) if is_mismatch else None)
-        except Exception as error:
-            # Nobody awaits this task: whoever waits for an answer must not wait for nothing.
-            logger.exception("shard %d of bot %r cannot be reached", self._shard, self._route.bot_name)
-            trouble = f"shard {self._shard} of bot {self._route.bot_name!r} cannot be reached: {error!r}"
-            self.fail(lambda: NamespaceUnavailable(trouble, bot=self._route.bot_name))
+        except Exception as error:  # noqa: BLE001  # nobody awaits this task, and who waits for it gets the error
+            self._give_up(error)
         finally:
             self._connecting = None
+
+    def _give_up(self, error: Exception) -> None:
+        """Tell all that wait, and the log, of an error that nobody expected."""
+        bot_name = self._route.bot_name
+        logger.error("shard %d of bot %r cannot be reached: %s", self._shard, bot_name, where(error))
+        trouble = f"shard {self._shard} of bot {bot_name!r} cannot be reached: {error!r}"
+        self.fail(lambda: NamespaceUnavailable(trouble, bot=bot_name))
 
     async def _open(self, *, is_first: bool) -> Connection:
         """A connection by the best way there is.

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 
 from fsm_ray.errors import FsmRayError
+from fsm_ray.logs import Seldom, one_line
 from fsm_ray.namespace.leases import LEASE_S
 from fsm_ray.routing.blocking import BlockingShard
 
@@ -21,6 +22,7 @@ class Pulse:
 
     def __init__(self, sign_of_life_s: float = SIGN_OF_LIFE_S) -> None:
         self._sign_of_life_s = sign_of_life_s
+        self._troubles = Seldom()
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -63,6 +65,8 @@ class Pulse:
                 try:
                     twins[shard].show_life(shard.session_id)
                 except FsmRayError as error:
-                    logger.warning("a turn may be lost: %s", error)
+                    if self._troubles.passes():
+                        more = self._troubles.more()
+                        logger.warning("a turn may be lost: %s%s", one_line(error), more)
         for twin in twins.values():
             twin.close()

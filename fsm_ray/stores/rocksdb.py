@@ -247,7 +247,7 @@ class RocksDBStore(OwnedStore, Inspectable):
             db.close()
         except Exception as error:  # noqa: BLE001  # rocksdict raises nothing narrower
             # It could not write what it had not synced: nobody was told that. It is closed all the same.
-            logger.info("%s: %s", self.name, error)
+            logger.info("%s: not closed properly: %s", self.name, error)
 
     def _look(self) -> tuple[bytes | None, bool]:
         """The owner's record, and whether there is nothing at all."""
