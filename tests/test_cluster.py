@@ -427,6 +427,7 @@ def test_on_one_node_the_channel_is_a_unix_socket_of_its_owner_alone(storage: St
     endpoint = storage._directory.known_endpoint(bot_here, 0)
     path = Path(endpoint.unix_path)
     assert path.stat().st_mode & 0o777 == 0o600
+    assert len(path.name) == 24  # as long as `fsm-ray doctor` expects it to be
     assert path.parent.stat().st_mode & 0o777 == 0o700
     assert endpoint.tcp_address is None
     assert endpoint.secret.hex() not in repr(endpoint)
