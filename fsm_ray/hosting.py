@@ -219,9 +219,10 @@ class ShardHost:
         await self._close_namespace()
         if self._publishing is not None:
             self._publishing.cancel()
-        self._metrics.publish()
         if self._store is not None:
             await self._store.close()
+        # Last, as Ray's metrics may raise what they like.
+        self._metrics.publish()
 
     @property
     def _is_durable(self) -> bool:

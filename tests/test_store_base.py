@@ -13,7 +13,14 @@ from typing import Any, ClassVar
 
 import pytest
 
-from fsm_ray.errors import MissingExtra, NotOwner, StoreCorrupted, StoreMismatch, StoreUnavailable
+from fsm_ray.errors import (
+    FsmRayError,
+    MissingExtra,
+    NotOwner,
+    StoreCorrupted,
+    StoreMismatch,
+    StoreUnavailable,
+)
 from fsm_ray.options import BotOptions, redacted
 from fsm_ray.stores.base import LEASE_MARGIN, Batch, Contents, OwnedStore, Place, RotatingStore, Store
 from fsm_ray.stores.by_url import make_store
@@ -532,14 +539,30 @@ async def test_closing_tells_the_next_owner_that_there_is_no_lease(server: Serve
     assert second.clock.slept_s == []
 
 
-async def test_closing_never_fails_for_want_of_the_store(server: Server) -> None:
+@pytest.mark.parametrize("error", [NotOwner, StoreUnavailable, StoreMismatch, StoreCorrupted])
+async def test_closing_never_fails_whatever_is_wrong_with_the_store(
+    server: Server, error: type[FsmRayError]
+) -> None:
     store = FakeStore(server)
     await store.open()
-    server.fails["replace_owner"] = StoreUnavailable("failed")
+    server.fails["replace_owner"] = error("failed")
 
     await store.close()
 
     assert server.connections == 0
+
+
+async def test_what_is_damaged_as_a_store_is_closed_is_not_in_the_log(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = FakeStore(server)
+    await store.open()
+    server.fails["replace_owner"] = StoreCorrupted("the record of ann")
+    with caplog.at_level("INFO"):
+        await store.close()
+
+    (line,) = caplog.messages
+    assert line.endswith("closed without a word: it is damaged")
 
 
 async def test_a_store_that_was_never_opened_can_be_closed(server: Server) -> None:

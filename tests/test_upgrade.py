@@ -198,6 +198,24 @@ def test_a_bot_in_memory_is_not_upgraded_unless_its_records_may_be_lost(storage:
     assert versions(storage, bot_name) == [Version()]
 
 
+async def test_a_shard_that_stops_releases_its_store_whatever_its_metrics_raise(
+    no_ray: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = BotOptions(store=f"rocksdb://{tmp_path}")
+    shard, after = ShardHost("my_bot", 0, options), ShardHost("my_bot", 0, options)
+
+    def publish() -> None:
+        raise OSError("Ray's exporter is gone")
+
+    await shard.open()
+    monkeypatch.setattr(shard._metrics, "publish", publish)
+    with pytest.raises(OSError, match="exporter"):
+        await shard.stop()
+
+    await after.open()  # where RocksDB lets in one at a time
+    await after.stop()
+
+
 @pytest.mark.ray
 def test_an_upgrade_of_no_bot_is_refused(storage: Storage, bot_name: str) -> None:
     with pytest.raises(UnknownBot):

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import msgspec
 
 from fsm_ray.codec import slot_of
-from fsm_ray.errors import NotOwner, StoreCorrupted, StoreMismatch, StoreUnavailable
+from fsm_ray.errors import FsmRayError, NotOwner, StoreCorrupted, StoreMismatch, StoreUnavailable
 from fsm_ray.options import SLOTS, redacted
 from fsm_ray.stores.owner import (
     ENCRYPTED_FORMAT,
@@ -230,7 +230,10 @@ class Store(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Release what `open` took, also after a failure. Nothing acknowledged is lost by not calling it."""
+        """Release what `open` took, also after a failure. Nothing acknowledged is lost by not calling it.
+
+        Raises none of our errors: nothing can be done about a store that is left.
+        """
 
 
 class RotatingStore(Store):
@@ -304,8 +307,10 @@ class OwnedStore(Store):
         try:
             if self.owner is not None:
                 await self._release(self.owner)
-        except (NotOwner, StoreUnavailable) as error:
-            logger.info("%s: closed without a word: %s", self.name, error)
+        except FsmRayError as error:
+            # Where a record is damaged, the error says whose it is.
+            why = "it is damaged" if isinstance(error, StoreCorrupted) else error
+            logger.info("%s: closed without a word: %s", self.name, why)
         finally:
             await self._disconnect()
 
