@@ -6,7 +6,7 @@ here call Ray and block; a caller on an event loop runs them in a thread.
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import time
 from typing import Any
 
@@ -26,6 +26,8 @@ from fsm_ray.errors import (
 from fsm_ray.hosting import ShardDescription, ShardHost, ShardRotation
 from fsm_ray.notes import Version, find_mark, note_version, noted_version, remove_notes
 from fsm_ray.options import BotOptions, redacted
+
+logger = logging.getLogger(__name__)
 
 RAY_NAMESPACE = "fsm_ray"
 
@@ -263,11 +265,7 @@ def kill_shards(bot_name: str, timeout_s: float) -> None:
     if not names and find_mark(bot_name) is None:
         find_shard(bot_name, 0)
     for name in sorted(names, key=lambda name: int(name.rpartition("/")[2]), reverse=True):
-        actor = ray.get_actor(name, namespace=RAY_NAMESPACE)
-        # One that does not answer any more cannot remove its socket, and is killed all the same.
-        with contextlib.suppress(NamespaceUnavailable):
-            call(actor.stop.remote(), bot_name, timeout_s)
-        ray.kill(actor, no_restart=True)
+        end_actor(ray.get_actor(name, namespace=RAY_NAMESPACE), bot_name, timeout_s)
     # Ray returns before its control store has taken note.
     deadline = time.monotonic() + timeout_s
     while not set(names).isdisjoint(_actor_names()):
@@ -279,6 +277,18 @@ def kill_shards(bot_name: str, timeout_s: float) -> None:
             )
         time.sleep(_KILL_PAUSE_S)
     remove_notes(bot_name)
+
+
+def end_actor(actor: ActorHandle[NamespaceActor], bot_name: str, timeout_s: float) -> None:
+    """Let the actor release its store, and kill it whatever comes of that: what it acknowledged is kept."""
+    try:
+        call(actor.stop.remote(), bot_name, timeout_s)
+    except (FsmRayError, RayTaskError) as error:
+        # Not what it says, which may be a user's key.
+        logger.warning(
+            "bot %r: an actor is killed that did not stop by itself: %s", bot_name, type(error).__name__
+        )
+    ray.kill(actor, no_restart=True)
 
 
 def call(reference: Any, bot_name: str, timeout_s: float) -> Any:

@@ -12,10 +12,17 @@ import logging
 import time
 from dataclasses import dataclass
 
-import ray
 from ray.actor import ActorHandle
 
-from fsm_ray.actor import NamespaceActor, call, create_shard, find_actor, running_options, version_of
+from fsm_ray.actor import (
+    NamespaceActor,
+    call,
+    create_shard,
+    end_actor,
+    find_actor,
+    running_options,
+    version_of,
+)
 from fsm_ray.errors import ConfigurationError, InvalidInput, NamespaceUnavailable, UnknownBot
 from fsm_ray.notes import Mark, Version, find_mark, remove_mark, set_mark
 from fsm_ray.options import BotOptions
@@ -127,10 +134,7 @@ class _Replacement:
     def _end(self, actor: ActorHandle[NamespaceActor]) -> None:
         if not self._ended:
             self._started_s = time.monotonic()
-        # One that does not answer cannot release its store, and is killed all the same.
-        with contextlib.suppress(NamespaceUnavailable):
-            call(actor.stop.remote(), self._bot_name, self._timeout_s)
-        ray.kill(actor, no_restart=True)
+        end_actor(actor, self._bot_name, self._timeout_s)
         self._ended.append(actor)
 
     def _wait_until_open(self, actor: ActorHandle[NamespaceActor]) -> None:

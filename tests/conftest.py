@@ -50,6 +50,7 @@ SLOWEST_FIRST = (
     "test_examples.py",
     "test_store_objectstore.py",
     "test_upgrade.py",
+    "test_upgrade_interference.py",
     "test_store_encrypted.py",
     "test_cli_bots.py",
     "test_metrics.py",
