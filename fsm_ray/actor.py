@@ -24,7 +24,7 @@ from fsm_ray.errors import (
     UnknownBot,
 )
 from fsm_ray.hosting import ShardDescription, ShardHost, ShardRotation
-from fsm_ray.notes import Version, find_mark, note_version, noted_version, remove_notes
+from fsm_ray.notes import Version, find_mark, note_version, noted_version, remove_mark, remove_notes
 from fsm_ray.options import BotOptions, redacted
 
 logger = logging.getLogger(__name__)
@@ -108,27 +108,42 @@ def create_shards(bot_name: str, options: BotOptions, timeout_s: float) -> None:
     """Make the bot's actors unless they are there.
 
     Raises:
-        OptionsConflict: the bot runs with other options; nothing was changed.
+        OptionsConflict: the bot, or a shard of it, runs with other options, or is being upgraded with others.
         NamespaceUnavailable: an actor did not come up within `timeout_s`; a retry is safe.
     """
+    _check_mark(bot_name, options)
     first = create_shard(bot_name, 0, options)
-    running: BotOptions = call(first.options.remote(), bot_name, timeout_s)
-    if running != options:
-        differences = {
-            name: (_shown(value), _shown(getattr(options, name)))
-            for name, value in running
-            if value != getattr(options, name, value)  # one of another version has options of its own
-        }
-        told = ", ".join(f"{name} is {old!r}, not {new!r}" for name, (old, new) in differences.items())
-        raise OptionsConflict(
-            f"bot {bot_name!r} already runs with other options: {told}. Nothing was changed: "
-            "init it with its own options, or drop it first",
-            bot=bot_name,
-            differences=differences,
-        )
+    # Again: if there was no first shard since an upgrade had begun meanwhile, its mark was there before that.
+    _check_mark(bot_name, options)
+    _check_options(bot_name, call(first.options.remote(), bot_name, timeout_s), options)
     others = [create_shard(bot_name, shard, options) for shard in range(1, options.shards)]
-    for actor in others:
-        call(actor.options.remote(), bot_name, timeout_s)
+    for shard, actor in enumerate(others, start=1):
+        _check_options(bot_name, call(actor.options.remote(), bot_name, timeout_s), options, shard)
+
+
+def _check_mark(bot_name: str, options: BotOptions) -> None:
+    mark = find_mark(bot_name)
+    if mark is not None:
+        _check_options(bot_name, mark.options, options)
+
+
+def _check_options(bot_name: str, running: BotOptions, options: BotOptions, shard: int = 0) -> None:
+    if running == options:
+        return
+    differences = {
+        name: (_shown(value), _shown(getattr(options, name)))
+        for name, value in running
+        if value != getattr(options, name, value)  # one of another version has options of its own
+    }
+    told = ", ".join(f"{name} is {old!r}, not {new!r}" for name, (old, new) in differences.items())
+    who, cure = f"bot {bot_name!r}", "Nothing was changed: init it with its own options, or drop it first"
+    if shard:
+        who, cure = f"shard {shard} of {who}", "Upgrade the bot, which replaces that shard, or drop it first"
+    raise OptionsConflict(
+        f"{who} already runs with other options: {told}. {cure}",
+        bot=bot_name,
+        differences=differences,
+    )
 
 
 def create_shard(
@@ -164,8 +179,11 @@ def open_shards(bot_name: str, options: BotOptions, timeout_s: float) -> None:
 def remove_unopened(bot_name: str, options: BotOptions, error: FsmRayError, timeout_s: float) -> None:
     """End the bot's actors if `error` kept them from ever opening their stores.
 
-    So that an `init` with mended options does not find a bot that runs with others.
+    So that an `init` with mended options does not find a bot that runs with others. A bot that is being
+    upgraded has its own, and its other shards serve on.
     """
+    if find_mark(bot_name) is not None:
+        return
     actors = [find_shard(bot_name, shard) for shard in range(options.shards)]
     calls: list[Any] = [each.was_opened.remote() for each in actors]
     opened = [call(each, bot_name, timeout_s) for each in calls]
@@ -261,11 +279,16 @@ def kill_shards(bot_name: str, timeout_s: float) -> None:
         UnknownBot: it has none.
         NamespaceUnavailable: they are about to end, and Ray still lists them after `timeout_s`.
     """
+    mark = find_mark(bot_name)
+    # Before the actors are looked for: an upgrade that makes one later finds no mark any more, and ends it.
+    remove_mark(bot_name)
     names = [name for name in _actor_names() if name.rpartition("/")[0] == bot_name]
-    if not names and find_mark(bot_name) is None:
+    if not names and mark is None:
         find_shard(bot_name, 0)
-    for name in sorted(names, key=lambda name: int(name.rpartition("/")[2]), reverse=True):
-        end_actor(ray.get_actor(name, namespace=RAY_NAMESPACE), bot_name, timeout_s)
+    for shard in sorted((int(name.rpartition("/")[2]) for name in names), reverse=True):
+        actor = find_actor(bot_name, shard)
+        if actor is not None:  # an upgrade may just have ended it
+            end_actor(actor, bot_name, timeout_s)
     # Ray returns before its control store has taken note.
     deadline = time.monotonic() + timeout_s
     while not set(names).isdisjoint(_actor_names()):

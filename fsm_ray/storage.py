@@ -155,7 +155,8 @@ class Storage(_Facade):
             changes: fields of BotOptions, over those of `options`.
 
         Raises:
-            OptionsConflict: the bot runs with other options; nothing was changed.
+            OptionsConflict: the bot runs with other options, or is being upgraded with others; nothing was
+                changed.
             InvalidOptions, InvalidBotName: nothing was done.
             RayUnreachable: there is no Ray, and none could be started.
             NamespaceUnavailable: an actor did not come up in time; a retry is safe.
@@ -583,7 +584,8 @@ class Storage(_Facade):
         this process gives to any actor, and opens the store. Operations on the shard wait meanwhile: no
         acknowledged write is lost, and none takes effect twice. Turns, scans and watches meet what they meet
         when an actor restarts. An upgrade that failed or was interrupted can be repeated, and goes on: actors
-        of this version stay. It is not to be mixed with `drop`.
+        of this version stay. Of two at once the later one goes on, and a `drop` ends both the bot and its
+        upgrade.
 
         Args:
             bot_name: the bot.
@@ -594,7 +596,8 @@ class Storage(_Facade):
         Raises:
             InvalidInput: the records would be lost, and `allow_loss` does not say that they may be.
             UnknownBot: the bot was never initialised.
-            NamespaceUnavailable: a shard did not serve again in time; those before it were not touched.
+            NamespaceUnavailable: a shard did not serve again in time; those before it were not touched. Or
+                the bot was dropped meanwhile, or somebody else began to upgrade it.
             ConfigurationError: a node has another version installed than this process.
             FsmRayError: a new actor cannot open its store; those before it were not touched.
         """
