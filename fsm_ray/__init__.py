@@ -29,7 +29,7 @@
 #   namespace         one shard's records: evaluate, commit, answer; turns, expiry, scans, watches
 #   channel           frames over a socket: the actor's half and both client halves
 #   metrics           tallies, published through Ray to Prometheus; the Grafana dashboard
-#   notes             what Ray's control store holds about a bot: versions, and an upgrade under way
+#   notes             what Ray's control store holds about a bot: versions, options, an upgrade under way
 #   hosting           one shard in its process: opened from its store, served, watched over, stopped
 #   actor             a shard as a Ray named actor: name, lifetime, restart; found, made and ended
 #   upgrade           a bot's actors replaced by ones of another version, one at a time

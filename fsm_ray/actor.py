@@ -24,7 +24,16 @@ from fsm_ray.errors import (
     UnknownBot,
 )
 from fsm_ray.hosting import ShardDescription, ShardHost, ShardRotation
-from fsm_ray.notes import Version, find_mark, note_version, noted_version, remove_mark, remove_notes
+from fsm_ray.notes import (
+    Version,
+    find_mark,
+    note_options,
+    note_version,
+    noted_options,
+    noted_version,
+    remove_mark,
+    remove_notes,
+)
 from fsm_ray.options import BotOptions, redacted
 
 logger = logging.getLogger(__name__)
@@ -59,7 +68,10 @@ class NamespaceActor:
 
     def __init__(self, bot_name: str, shard: int, options: BotOptions) -> None:
         self._host = ShardHost(bot_name, shard, options)
-        note_version(bot_name, shard, ray.get_runtime_context().get_actor_id() or "")
+        actor_id = ray.get_runtime_context().get_actor_id() or ""
+        note_version(bot_name, shard, actor_id)
+        if shard == 0:
+            note_options(bot_name, actor_id, options)
 
     async def options(self) -> BotOptions:
         """What the bot was made with."""
@@ -239,7 +251,7 @@ def version_of(
         call(actor.options.remote(), bot_name, timeout_s)  # until it was made, or made again
     except NamespaceUnavailable:
         return None
-    return noted_version(bot_name, shard, actor._actor_id.hex())  # noqa: SLF001  # Ray shows it nowhere else
+    return noted_version(bot_name, shard, _id_of(actor))
 
 
 def running_bots() -> list[str]:
@@ -257,6 +269,12 @@ def running_options(bot_name: str, timeout_s: float) -> BotOptions:
     """
     options: BotOptions = call(find_shard(bot_name, 0).options.remote(), bot_name, timeout_s)
     return options
+
+
+def first_noted_options(bot_name: str) -> BotOptions | None:
+    """The options that the bot's first shard noted, though it does not answer; None: it did not."""
+    first = find_actor(bot_name, 0)
+    return None if first is None else noted_options(bot_name, _id_of(first))
 
 
 def describe_shards(bot_name: str, shards: int, timeout_s: float) -> list[ShardDescription]:
@@ -337,6 +355,11 @@ def call(reference: Any, bot_name: str, timeout_s: float) -> Any:
 
 def _name(bot_name: str, shard: int) -> str:
     return f"{bot_name}/{shard}"
+
+
+def _id_of(actor: ActorHandle[NamespaceActor]) -> str:
+    actor_id: str = actor._actor_id.hex()  # noqa: SLF001  # Ray shows it nowhere else
+    return actor_id
 
 
 def _actor_names() -> list[str]:

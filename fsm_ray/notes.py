@@ -1,7 +1,7 @@
-"""Notes about bots in Ray's control store: which version an actor runs, and that actors are being replaced.
+"""Notes about bots in Ray's control store: an actor's version, a bot's options, and an upgrade under way.
 
-They are read without a call to an actor, which may be of another version: Ray ends an actor that is called by
-a method that it does not have.
+They are read without a call to an actor, which may hang, or be of another version: Ray ends an actor that is
+called by a method that it does not have.
 """
 
 from __future__ import annotations
@@ -57,13 +57,24 @@ def note_version(bot_name: str, shard: int, actor_id: str) -> None:
 
 def noted_version(bot_name: str, shard: int, actor_id: str) -> Version | None:
     """The version that this actor noted last; None: it did not, or is to be replaced."""
-    of_actor, version = _get(f"{bot_name}/version/{shard}") or (None, None)
-    return version if of_actor == actor_id else None
+    version: Version | None = _get_of(actor_id, f"{bot_name}/version/{shard}")
+    return version
 
 
 def remove_version(bot_name: str, shard: int) -> None:
     """Let the shard's actor pass for one that is to be replaced."""
     _internal_kv_del(f"{bot_name}/version/{shard}", namespace=_NAMESPACE)
+
+
+def note_options(bot_name: str, actor_id: str, options: BotOptions) -> None:
+    """Note that the bot's first shard, this actor, was made with these options."""
+    _put(f"{bot_name}/options", (actor_id, options))
+
+
+def noted_options(bot_name: str, actor_id: str) -> BotOptions | None:
+    """The options that this actor, a bot's first shard, noted; None: it did not."""
+    options: BotOptions | None = _get_of(actor_id, f"{bot_name}/options")
+    return options
 
 
 def set_mark(bot_name: str, mark: Mark) -> None:
@@ -89,6 +100,12 @@ def remove_notes(bot_name: str) -> None:
 
 def _put(key: str, value: Any) -> None:
     _internal_kv_put(key, pickle.dumps(value), namespace=_NAMESPACE)
+
+
+def _get_of(actor_id: str, key: str) -> Any:
+    """What this actor put there; None: it did not, or another one did later."""
+    of_actor, value = _get(key) or (None, None)
+    return value if of_actor == actor_id else None
 
 
 def _get(key: str) -> Any:

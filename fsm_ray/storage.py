@@ -591,7 +591,8 @@ class Storage(_Facade):
             bot_name: the bot.
             force: replace actors of this version, too: as after an upgrade of a store's driver.
             allow_loss: replace actors that have the only copy of their records (`memory://`).
-            timeout_s: how long one shard may be away.
+            timeout_s: how long one shard may be away. An actor that does not stop is killed, after 15 s or
+                half of this.
 
         Raises:
             InvalidInput: the records would be lost, and `allow_loss` does not say that they may be.

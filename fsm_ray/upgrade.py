@@ -21,6 +21,7 @@ from fsm_ray.actor import (
     create_shard,
     end_actor,
     find_actor,
+    first_noted_options,
     running_options,
     version_of,
 )
@@ -35,6 +36,9 @@ _PAUSE_S = 0.002
 
 _ANSWER_TIMEOUT_S = 5.0
 """How long an actor has to answer a question that can be asked again."""
+
+_STOP_TIMEOUT_S = 15.0
+"""How long an actor has to release its store before it is killed; half of `timeout_s`, if that is less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +148,7 @@ class _Replacement:
             self._started_s = time.monotonic()
         self._trouble = None
         _check_mark(self._bot_name, self._mark)  # it may have taken a while to tell that it is old
-        end_actor(actor, self._bot_name, self._timeout_s)
+        end_actor(actor, self._bot_name, min(_STOP_TIMEOUT_S, self._timeout_s / 2))
         self._ended.append(actor)
 
     def _check_serves(self, actor: ActorHandle[NamespaceActor]) -> None:
@@ -177,7 +181,15 @@ def _options(bot_name: str) -> BotOptions:
     An upgrade that was interrupted knows them best: since then, somebody may have made a shard with others.
     """
     mark = find_mark(bot_name)
-    return running_options(bot_name, _ANSWER_TIMEOUT_S) if mark is None else mark.options
+    if mark is not None:
+        return mark.options
+    try:
+        return running_options(bot_name, _ANSWER_TIMEOUT_S)
+    except NamespaceUnavailable:
+        options = first_noted_options(bot_name)
+        if options is None:
+            raise
+        return options
 
 
 def _check_mark(bot_name: str, mark: Mark) -> None:

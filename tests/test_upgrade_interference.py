@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +21,7 @@ from fsm_ray.actor import (
     create_shard,
     find_actor,
     find_shard,
+    first_noted_options,
     remove_unopened,
     version_of,
 )
@@ -32,6 +36,8 @@ from fsm_ray.notes import (
     Mark,
     Version,
     find_mark,
+    note_options,
+    noted_options,
     remove_mark,
     remove_notes,
     set_mark,
@@ -334,3 +340,35 @@ def test_actors_that_fail_as_they_stop_are_dropped(storage: Storage, unstoppable
     storage.drop(unstoppable)
 
     assert not actors_of(unstoppable)
+
+
+def test_a_first_shard_that_hangs_is_replaced(
+    storage: Storage, bot_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.init(bot_name, ttl_s=60)
+    pid = storage.describe(bot_name).shards[0].pid
+    monkeypatch.setattr(upgrade, "_ANSWER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(upgrade, "_STOP_TIMEOUT_S", 1.0)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        (replaced,) = storage.upgrade(bot_name, allow_loss=True)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+    assert replaced.old_version is None
+    assert options_of(bot_name, 0) == BotOptions(ttl_s=60)
+    assert storage.describe(bot_name).shards[0].pid != pid
+
+
+def test_options_are_noted_until_the_bot_is_dropped_and_are_those_of_the_actor_that_noted_them(
+    storage: Storage, bot_name: str
+) -> None:
+    storage.init(bot_name, ttl_s=60)
+    assert first_noted_options(bot_name) == BotOptions(ttl_s=60)
+
+    note_options(bot_name, "of an actor that was before", BotOptions())
+    assert first_noted_options(bot_name) is None
+
+    storage.drop(bot_name)
+    assert noted_options(bot_name, "of an actor that was before") is None
