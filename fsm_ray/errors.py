@@ -28,7 +28,7 @@ FsmRayError
 │   ├── RayUnreachable
 │   └── ProtocolMismatch
 ├── StoreCorrupted          call a human; nothing was changed
-├── UnknownBot              call init first
+├── UnknownBot              call init first; if it was initialised anew with other options, call again
 ├── InvalidTransition       answer the user, or mend the flow; nothing was changed
 ├── TurnLost                handle the update again; nothing was changed
 ├── VersionConflict         read again, then decide
@@ -99,18 +99,21 @@ class InvalidPatch(InvalidInput):
     """Raised when a patch adds to what is no number, or appends to what is no list; nothing was changed."""
 
     field: str | None = None
+    """Which one."""
 
 
 class AcrossShards(InvalidInput):
     """Raised when keys of several shards are to be changed together; nothing was changed."""
 
     shards: tuple[int, ...] | None = None
+    """On which the keys are."""
 
 
 class UnknownFlow(InvalidInput):
     """Raised when a flow is named that is not registered for the bot."""
 
     flow: str | None = None
+    """The name that was given."""
     registered: tuple[str, ...] | None = None
     """The names of the flows that are."""
 
@@ -119,7 +122,9 @@ class UnknownState(InvalidInput):
     """Raised when a state is to be set that its flow does not declare."""
 
     flow: str | None = None
+    """The flow's name."""
     state: str | None = None
+    """What it does not declare."""
 
 
 class PickleNotAllowed(InvalidInput):
@@ -128,19 +133,23 @@ class PickleNotAllowed(InvalidInput):
     position: Any = None
     """Of a stored value: where a watch can go on, as with `ValueNotDecodable`."""
     version: int | None = None
+    """The part of `position` that is of the shard which said so."""
 
 
 class RecordTooLarge(InvalidInput):
     """Raised when a record would exceed the bot's `max_record_bytes`; the stored one is unchanged."""
 
     size_bytes: int | None = None
+    """What the record would take."""
     max_record_bytes: int | None = None
+    """What it may take, as the options of the bot say."""
 
 
 class FrameTooLarge(InvalidInput):
     """Raised when one operation or answer exceeds what a frame of the channel may hold."""
 
     size_bytes: int | None = None
+    """What it takes."""
 
 
 class ConfigurationError(FsmRayError):
@@ -157,6 +166,7 @@ class InvalidFlow(ConfigurationError):
     flow: str | None = None
     """The flow's name."""
     state: str | None = None
+    """The state that is wrong, if it is one."""
 
 
 class OptionsConflict(ConfigurationError):
@@ -194,7 +204,7 @@ class StoreCorrupted(FsmRayError):
 
 
 class UnknownBot(FsmRayError):
-    """Raised when an operation names a bot that was never initialised, or was dropped."""
+    """Raised when a bot was never initialised, or was dropped; its store may have a write under way then."""
 
 
 class InvalidTransition(FsmRayError):
@@ -218,6 +228,7 @@ class VersionConflict(FsmRayError):
     """Raised when the record's version is not the expected one; nothing was changed."""
 
     expected_version: int | None = None
+    """The version that was given; 0: no record."""
     actual_version: int | None = None
     """The stored record's version, `None` when there is no record."""
 
@@ -232,6 +243,7 @@ class ChangesMissed(FsmRayError):
     position: Any = None
     """Where it can go on: the `since` of a new watch."""
     version: int | None = None
+    """The part of `position` that is of the shard which said so."""
 
 
 class StorageClosed(FsmRayError):
@@ -239,17 +251,19 @@ class StorageClosed(FsmRayError):
 
 
 class ValueNotDecodable(FsmRayError):
-    """Raised when a stored value cannot be rebuilt here, say for want of its class; the record is intact."""
+    """Raised when a stored value cannot be rebuilt here; it is intact; update_data and patch took effect."""
 
     position: Any = None
     """Where a watch can go on: the `since` of a new one. A scan goes on `after` the error's key."""
     version: int | None = None
+    """The part of `position` that is of the shard which said so."""
 
 
 class NamespaceUnavailable(FsmRayError):
     """Raised when a shard gave no answer within `timeout_s`; nothing was changed, a retry is safe."""
 
     timeout_s: float | None = None
+    """How long it was waited for."""
 
 
 class StoreUnavailable(NamespaceUnavailable):
@@ -257,7 +271,7 @@ class StoreUnavailable(NamespaceUnavailable):
 
 
 class NotOwner(NamespaceUnavailable):
-    """Raised when another process opened a bot's store, so that this one stopped to answer."""
+    """Raised when another process opened a bot's store, so that this one stopped answering."""
 
 
 class Overloaded(NamespaceUnavailable):

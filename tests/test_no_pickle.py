@@ -149,6 +149,15 @@ def test_nothing_pickled_is_decoded_by(door: str, trapped: Storage) -> None:
     assert trapped.get_state(BOT, OTHER) is None
 
 
+def test_a_change_beside_a_pickled_value_takes_effect_though_it_cannot_be_shown(trapped: Storage) -> None:
+    with pytest.raises(PickleNotAllowed):
+        trapped.update_data(BOT, KEY, {"n": 2})
+    with pytest.raises(PickleNotAllowed):
+        trapped.patch(BOT, KEY, increment={"n": 1})
+
+    assert trapped.patch(BOT, KEY, unset=["trap"]) == {"n": 3}
+
+
 def test_a_pickled_value_can_be_replaced_and_cleared(trapped: Storage) -> None:
     trapped.set_data(BOT, KEY, {"n": 3})
     assert trapped.get_state(BOT, KEY) == State(flow="f", state="trapped", data={"n": 3})
