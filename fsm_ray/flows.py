@@ -31,17 +31,18 @@ class Flow:
     Names are `str`, members of a `StrEnum` too. A flow's subclass inherits states and transitions unless it
     declares either. A class that has neither is a base for flows, and cannot be registered.
 
-    >>> class Registration(Flow):
-    ...     name = "registration"
-    ...     default_state = "get_name"
-    ...     transitions = {"get_name": ["get_email"], "get_email": ["done", "get_name"], "done": []}
-    >>> print(Registration.mermaid())
-    stateDiagram-v2
-        [*] --> get_name
-        get_name --> get_email
-        get_email --> done
-        get_email --> get_name
-        done --> [*]
+    Examples:
+        >>> class Registration(Flow):
+        ...     name = "registration"
+        ...     default_state = "get_name"
+        ...     transitions = {"get_name": ["get_email"], "get_email": ["done", "get_name"], "done": []}
+        >>> print(Registration.mermaid())
+        stateDiagram-v2
+            [*] --> get_name
+            get_name --> get_email
+            get_email --> done
+            get_email --> get_name
+            done --> [*]
 
     Raises:
         InvalidFlow: there are no states, or a name is empty, given twice, or not that of a declared state, or
@@ -106,7 +107,9 @@ class FlowRules:
             known = "'raise', 'log', 'ignore' or a callable"
             raise InvalidFlow(f"on_invalid_transition is {on_invalid_transition!r}; give {known}")
         self.on_invalid_transition = on_invalid_transition
+        """What happens on a forbidden step."""
         self.flows: dict[str, type[Flow]] = {}
+        """The registered flows by their names."""
         for flow in flows:
             if not (isinstance(flow, type) and issubclass(flow, Flow)):
                 raise InvalidFlow(f"{flow!r} is no flow; register subclasses of Flow")
@@ -137,15 +140,16 @@ class Draft:
     Helpers that a policy may refuse return whether they took effect. Attributes may be assigned too, which
     checks nothing before `to_state`.
 
-    >>> class Order(Flow):
-    ...     transitions = {"choose": ["pay"], "pay": []}
-    >>> draft = Draft(None, FlowRules(Order, on_invalid_transition="ignore"))
-    >>> draft.start_flow(Order), draft.transition("choose"), draft.transition("choose")
-    (True, True, False)
-    >>> draft.update_data(dish="soup")
-    {'dish': 'soup'}
-    >>> draft.to_state()
-    State(flow='Order', state='choose', data={'dish': 'soup'}, version=None)
+    Examples:
+        >>> class Order(Flow):
+        ...     transitions = {"choose": ["pay"], "pay": []}
+        >>> draft = Draft(None, FlowRules(Order, on_invalid_transition="ignore"))
+        >>> draft.start_flow(Order), draft.transition("choose"), draft.transition("choose")
+        (True, True, False)
+        >>> draft.update_data(dish="soup")
+        {'dish': 'soup'}
+        >>> draft.to_state()
+        State(flow='Order', state='choose', data={'dish': 'soup'}, version=None)
     """
 
     __slots__ = ("_is_gone", "_rules", "data", "flow", "state", "version")
@@ -153,8 +157,11 @@ class Draft:
     def __init__(self, loaded: State | None, rules: FlowRules) -> None:
         state = State() if loaded is None else loaded
         self.flow: str | None = state.flow
+        """The name of the active flow; None: none is."""
         self.state: str | None = state.state
+        """The state in that flow; None: in none."""
         self.data: dict[str, Any] = state.data
+        """What is known of the conversation; it may be changed in place, nested values too."""
         self.version: int | None = state.version
         """The version of what was loaded, None if there was nothing; no helper changes it."""
         self._rules = rules

@@ -34,13 +34,14 @@ class Origin:
 class KeyStrategy(Protocol):
     """Turns an update into its conversation's key; subclass it, or write any object with such an `extract`.
 
-    >>> class UserAndLanguage(KeyStrategy):
-    ...     def extract(self, update):
-    ...         user = origin_of(update).user
-    ...         return None if user is None else (user["id"], user["language_code"])
-    >>> sender = {"id": 7, "language_code": "de"}
-    >>> UserAndLanguage().extract({"update_id": 1, "inline_query": {"id": "1", "from": sender}})
-    (7, 'de')
+    Examples:
+        >>> class UserAndLanguage(KeyStrategy):
+        ...     def extract(self, update):
+        ...         user = origin_of(update).user
+        ...         return None if user is None else (user["id"], user["language_code"])
+        >>> sender = {"id": 7, "language_code": "de"}
+        >>> UserAndLanguage().extract({"update_id": 1, "inline_query": {"id": "1", "from": sender}})
+        (7, 'de')
     """
 
     @abstractmethod
@@ -57,9 +58,10 @@ class ChatUser(KeyStrategy):
 
     The chat is 0 where the update names none, as an inline query does; no key without a user.
 
-    >>> message = {"message_id": 1, "date": 1, "chat": {"id": -100}, "from": {"id": 7}}
-    >>> ChatUser().extract({"update_id": 1, "message": message})
-    (-100, 7)
+    Examples:
+        >>> message = {"message_id": 1, "date": 1, "chat": {"id": -100}, "from": {"id": 7}}
+        >>> ChatUser().extract({"update_id": 1, "message": message})
+        (-100, 7)
     """
 
     def extract(self, update: Any) -> tuple[int, int] | None:

@@ -31,8 +31,9 @@ HEAD_NODE = "node:__internal_head__"
 class BotOptions(BaseModel):
     """How one bot's conversations are kept.
 
-    >>> BotOptions(shards=4).store
-    'memory://'
+    Examples:
+        >>> BotOptions(shards=4).store
+        'memory://'
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)

@@ -17,17 +17,21 @@ class State(BaseModel):
     Two States are equal when flow, state and data are; version and expiry are not compared, for they tell
     which write made the record and how long it is kept, not what it says.
 
-    >>> State(flow="registration", state="get_name")
-    State(flow='registration', state='get_name', data={}, version=None)
-    >>> State(flow="registration").model_copy(update={"flow": None, "data": {"name": "Ada"}})
-    State(flow=None, state=None, data={'name': 'Ada'}, version=None)
+    Examples:
+        >>> State(flow="registration", state="get_name")
+        State(flow='registration', state='get_name', data={}, version=None)
+        >>> State(flow="registration").model_copy(update={"flow": None, "data": {"name": "Ada"}})
+        State(flow=None, state=None, data={'name': 'Ada'}, version=None)
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", validate_assignment=True)
 
     flow: str | None = None
+    """The name of the flow that the conversation is in; `None`: in none."""
     state: str | None = None
+    """The state in that flow; `None`: in none."""
     data: dict[str, Any] = Field(default_factory=dict)
+    """What is known of the conversation: names and values."""
     version: int | None = None
     """The write that made this record, a number that only grows within a shard; `None` until stored."""
     expires_at: AwareDatetime | None = None

@@ -67,14 +67,6 @@ class _Facade:
     def __init__(
         self, address: str | None = None, *, timeout_s: float = 10.0, transport: Transport = "auto"
     ) -> None:
-        """Nothing is opened yet: Ray is attached to, or started on this machine, at the first operation.
-
-        Args:
-            address: of the Ray cluster, as `ray.init` takes it. None: the one this process is attached to,
-                or the one on this machine, or a new one.
-            timeout_s: how long an operation may take, reconnecting included; at most 300.
-            transport: "ray" carries every operation in a Ray call, where no socket can be used.
-        """
         if not 0 < timeout_s <= MAX_TIMEOUT_S:
             raise InvalidInput(f"timeout_s is more than 0 and at most {MAX_TIMEOUT_S:.0f}, not {timeout_s!r}")
         if transport not in ("auto", "ray"):
@@ -125,17 +117,27 @@ class Storage(_Facade):
 
     Each thread has connections of its own. A forked process makes new ones.
 
-    >>> storage = Storage()
-    >>> storage.init("doctest_bot")
-    >>> storage.set_state("doctest_bot", (42, 7), State(flow="registration", state="get_name")) > 0
-    True
-    >>> storage.update_data("doctest_bot", (42, 7), {"name": "Ada"})
-    {'name': 'Ada'}
-    >>> storage.get_state("doctest_bot", (42, 7)).state
-    'get_name'
-    >>> storage.clear("doctest_bot", (42, 7)), storage.get_data("doctest_bot", (42, 7))
-    (True, None)
-    >>> storage.drop("doctest_bot")
+    Making one opens nothing: Ray is attached to, or started on this machine, at the first operation.
+
+    Args:
+        address: of the Ray cluster, as `ray.init` takes it. None: the one this process is attached to, or the
+            one on this machine, or a new one.
+        timeout_s: how long an operation may take, reconnecting included; at most 300.
+        transport: "ray" carries every operation in a Ray call, where no socket can be used; "auto" only those
+            for which there is no socket.
+
+    Examples:
+        >>> storage = Storage()
+        >>> storage.init("doctest_bot")
+        >>> storage.set_state("doctest_bot", (42, 7), State(flow="registration", state="get_name")) > 0
+        True
+        >>> storage.update_data("doctest_bot", (42, 7), {"name": "Ada"})
+        {'name': 'Ada'}
+        >>> storage.get_state("doctest_bot", (42, 7)).state
+        'get_name'
+        >>> storage.clear("doctest_bot", (42, 7)), storage.get_data("doctest_bot", (42, 7))
+        (True, None)
+        >>> storage.drop("doctest_bot")
     """
 
     def __init__(
@@ -168,7 +170,8 @@ class Storage(_Facade):
         """The conversation's flow, state, data and version, or None when it has no record.
 
         Raises:
-            UnknownBot: the bot was never initialised.
+            UnknownBot: the bot was never initialised, or was dropped; or it was initialised anew with other
+                options: call again.
             InvalidKey: the key cannot be encoded.
             ValueNotDecodable: a stored value needs a class that is not here.
             NamespaceUnavailable: no answer within `timeout_s`.
@@ -198,7 +201,8 @@ class Storage(_Facade):
         Raises:
             VersionConflict: the record has another version; nothing was changed.
             InvalidState, InvalidKey, InvalidData, PickleNotAllowed, RecordTooLarge: nothing was changed.
-            UnknownBot: the bot was never initialised.
+            UnknownBot: as get_state; the write may be in the store that a bot left behind if it was dropped
+                while the write was under way.
             NamespaceUnavailable: the shard could not be reached in time; nothing was changed.
             OutcomeUnknown: it was reached and did not answer in time; the write may have taken effect.
         """
@@ -275,6 +279,8 @@ class Storage(_Facade):
 
         Raises:
             VersionConflict, InvalidKey, InvalidData, PickleNotAllowed, RecordTooLarge: as set_state.
+            ValueNotDecodable, PickleNotAllowed: of a stored value: the changes were made; the data cannot be
+                shown here.
             UnknownBot, NamespaceUnavailable, OutcomeUnknown: as set_state.
         """
         bot = self._bot(bot_name)
@@ -314,6 +320,8 @@ class Storage(_Facade):
                 changed.
             InvalidData: a field is named twice, or what set_state means by it; nothing was changed.
             VersionConflict, InvalidKey, PickleNotAllowed, RecordTooLarge: as set_state.
+            ValueNotDecodable, PickleNotAllowed: of a stored value: the changes were made; the data cannot be
+                shown here.
             UnknownBot, NamespaceUnavailable, OutcomeUnknown: as set_state.
         """
         bot = self._bot(bot_name)
@@ -386,11 +394,14 @@ class Storage(_Facade):
             timeout_s: how long to wait for other turns; None: as long as an operation may take; `math.inf`:
                 for ever.
             update_id: of the Telegram update that is handled. One that a committed turn of this conversation
-                handled before has `turn.was_handled` set: nothing that the block does is stored then.
+                handled before has `turn.was_handled` set: nothing that the block does is stored then. For
+                numbers that count up: the last 100 are remembered, without those that are 1,024 or more away
+                from the last one, until one day after the record has ended.
 
         Raises:
             TurnTimeout: on entering: other turns kept the conversation for so long.
             Overloaded: on entering: too many turns wait for it already.
+            ValueNotDecodable: on entering: a stored value needs a class that is not here.
             TurnLost: on leaving: the conversation was not this turn's any more; nothing was changed.
             VersionConflict: on leaving: it was written outside of turns meanwhile; nothing was changed.
             InvalidState, InvalidData, PickleNotAllowed, RecordTooLarge: on leaving: nothing was changed.
@@ -409,6 +420,7 @@ class Storage(_Facade):
 
         Raises:
             TurnTimeout, Overloaded, InvalidKey, UnknownBot, NamespaceUnavailable: on entering, as turn.
+            ValueNotDecodable: on entering: a stored value needs a class that is not here.
         """
         return BlockingLock(self.turn(bot_name, key, timeout_s=timeout_s))
 
@@ -473,23 +485,23 @@ class Storage(_Facade):
         `patch` and `clear`, which here return nothing: all is sent as one atomic operation when the block is
         left, and nothing when it is left by an exception. Afterwards `version` is that of the last write.
 
-        >>> storage = Storage()
-        >>> storage.init("doctest_bot")
-        >>> with storage.transaction("doctest_bot") as transaction:
-        ...     transaction.patch("ann", increment={"coins": -5})
-        ...     transaction.patch("bob", increment={"coins": 5})
-        >>> storage.get_data("doctest_bot", "bob")
-        {'coins': 5}
-        >>> storage.drop("doctest_bot")
+        Examples:
+            >>> storage = Storage()
+            >>> storage.init("doctest_bot")
+            >>> with storage.transaction("doctest_bot") as transaction:
+            ...     transaction.patch("ann", increment={"coins": -5})
+            ...     transaction.patch("bob", increment={"coins": 5})
+            >>> storage.get_data("doctest_bot", "bob")
+            {'coins': 5}
+            >>> storage.drop("doctest_bot")
 
-        Raises, as a method is called:
-            AcrossShards: the key is on another shard than those before.
-            InvalidInput: as the storage's method does.
-
-        Raises, as the block is left; `key` tells which conversation it is about:
-            VersionConflict, InvalidPatch, RecordTooLarge: nothing was changed.
-            FrameTooLarge: together the writes are too large; nothing was changed.
-            UnknownBot, NamespaceUnavailable, OutcomeUnknown: as set_state.
+        Raises:
+            AcrossShards: as a method is called: the key is on another shard than those before.
+            InvalidInput: as a method is called: as the storage's method does.
+            VersionConflict, InvalidPatch, RecordTooLarge: as the block is left: nothing was changed; `key`
+                tells which conversation it is about.
+            FrameTooLarge: as the block is left: together the writes are too large; nothing was changed.
+            UnknownBot, NamespaceUnavailable, OutcomeUnknown: as the block is left: as set_state.
         """
         return Transaction(lambda: self._bot(bot_name))
 
@@ -648,6 +660,15 @@ class AsyncStorage(_Facade):
     Operations of concurrent tasks travel together. Connections belong to the event loop that is running, so
     one AsyncStorage serves any number of loops, one after another or in several threads. An operation that
     is cancelled may still take effect.
+
+    Making one opens nothing: Ray is attached to, or started on this machine, at the first operation.
+
+    Args:
+        address: of the Ray cluster, as `ray.init` takes it. None: the one this process is attached to, or the
+            one on this machine, or a new one.
+        timeout_s: how long an operation may take, reconnecting included; at most 300.
+        transport: "ray" carries every operation in a Ray call, where no socket can be used; "auto" only those
+            for which there is no socket.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Hashable
 from types import TracebackType
+from typing import Any
 
 from fsm_ray import protocol
 from fsm_ray.codec import encode_data, encode_key
@@ -29,7 +30,15 @@ class Turn(Draft):
     __slots__ = ("_is_new", "bot", "key", "ttl_s", "update_id", "was_handled")
 
     bot: str
+    """The bot's name."""
     key: Hashable
+    """The conversation's key."""
+    flow: str | None
+    """The name of the active flow; None: none is."""
+    state: str | None
+    """The state in that flow; None: in none."""
+    data: dict[str, Any]
+    """What is known of the conversation; what is changed in it, nested values too, is stored."""
     ttl_s: float | None
     """How long the conversation is to live from now on, in seconds; None: as the bot's options say."""
     update_id: int | None

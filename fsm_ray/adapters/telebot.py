@@ -206,8 +206,9 @@ class _States:
 class RayStateStorage(_States, StateStorageBase):
     """Keeps the states of a `TeleBot` in the namespace of a bot. Whatever `Storage` raises, this raises too.
 
-    >>> from telebot import TeleBot
-    >>> bot = TeleBot("1:token", state_storage=RayStateStorage("my_bot", store="memory://"))
+    Examples:
+        >>> from telebot import TeleBot
+        >>> bot = TeleBot("1:token", state_storage=RayStateStorage("my_bot", store="memory://"))
     """
 
     def __init__(
@@ -268,8 +269,9 @@ class RayStateStorage(_States, StateStorageBase):
 class AsyncRayStateStorage(_States, AsyncStateStorageBase):
     """Keeps the states of an `AsyncTeleBot`: the methods of `RayStateStorage`, awaited.
 
-    >>> from telebot.async_telebot import AsyncTeleBot
-    >>> bot = AsyncTeleBot("1:token", state_storage=AsyncRayStateStorage("my_bot", store="memory://"))
+    Examples:
+        >>> from telebot.async_telebot import AsyncTeleBot
+        >>> bot = AsyncTeleBot("1:token", state_storage=AsyncRayStateStorage("my_bot", store="memory://"))
     """
 
     def __init__(
@@ -319,8 +321,9 @@ def record_key(
 
     As in its own storages, an id may be given as text, and 0 and "" are no topic and no connection.
 
-    >>> record_key(-100, 7, message_thread_id=9, bot_id=1)
-    (1, -100, 7, 9, None)
+    Examples:
+        >>> record_key(-100, 7, message_thread_id=9, bot_id=1)
+        (1, -100, 7, 9, None)
     """
     return (
         _number(bot_id or None),
@@ -344,8 +347,9 @@ def stored_state(state: object) -> tuple[str | None, str | None]:
     Raises:
         InvalidState: it is none.
 
-    >>> stored_state("Order:size"), stored_state(1)
-    ((None, 'Order:size'), ('int', '1'))
+    Examples:
+        >>> stored_state("Order:size"), stored_state(1)
+        ((None, 'Order:size'), ('int', '1'))
     """
     # As pyTelegramBotAPI does: whatever has a name, an Enum's member too, is stored by it.
     name: Any = getattr(state, "name", state)

@@ -128,8 +128,9 @@ def _storage_key(found: re.Match[str], bot_id: int | None) -> StorageKey:
 def _pattern(builder: DefaultKeyBuilder) -> re.Pattern[str]:
     """What the builder's keys look like. A business connection's id is told from a chat's by being no number.
 
-    >>> _pattern(DefaultKeyBuilder()).fullmatch("fsm:-100:7:42:state").groupdict()
-    {'chat': '-100', 'thread': '7', 'user': '42', 'part': 'state'}
+    Examples:
+        >>> _pattern(DefaultKeyBuilder()).fullmatch("fsm:-100:7:42:state").groupdict()
+        {'chat': '-100', 'thread': '7', 'user': '42', 'part': 'state'}
     """
     end = re.escape(builder.separator)
     parts = [re.escape(builder.prefix) + end]

@@ -54,13 +54,15 @@ class GrantedState:
 class RayEventIsolation(BaseEventIsolation):
     """Lets updates of one conversation be handled one after the other, first come first served.
 
-    It holds across all workers of the cluster, for as long as a handler takes, and ends at once when its
-    worker dies. It excludes the turns of that conversation too.
+    It holds across all workers of the cluster, for as long as a handler takes. When a worker dies, its lock
+    is free at once; 30 s later where operations travel as Ray calls. It excludes the turns of that
+    conversation too.
 
-    >>> from aiogram import Dispatcher
-    >>> from fsm_ray.adapters.aiogram import RayStorage
-    >>> storage = RayStorage("my_bot")
-    >>> dispatcher = Dispatcher(storage=storage, events_isolation=storage.create_isolation())
+    Examples:
+        >>> from aiogram import Dispatcher
+        >>> from fsm_ray.adapters.aiogram import RayStorage
+        >>> storage = RayStorage("my_bot")
+        >>> dispatcher = Dispatcher(storage=storage, events_isolation=storage.create_isolation())
     """
 
     def __init__(
@@ -94,10 +96,11 @@ class RayEventIsolation(BaseEventIsolation):
     def lock(self, key: StorageKey) -> AbstractAsyncContextManager[None]:  # type: ignore[override]
         """Keep the conversation for as long as an `async with` block takes.
 
-        Raises, when the block is entered:
-            TurnTimeout: others kept it for `timeout_s`.
-            Overloaded: too many wait for it already.
-            UnknownBot, NamespaceUnavailable: as `AsyncStorage.lock`.
+        Raises:
+            TurnTimeout: as the block is entered: others kept it for `timeout_s`.
+            Overloaded: as the block is entered: too many wait for it already.
+            ValueNotDecodable, UnknownBot, NamespaceUnavailable: as the block is entered: as
+                `AsyncStorage.lock`.
         """
         return _Lock(self._bot, key, self._timeout_s, self.granted)
 

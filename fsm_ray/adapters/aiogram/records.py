@@ -18,8 +18,9 @@ _decode = msgspec.msgpack.Decoder(dict[str, Any], ext_hook=extension_hook(allow_
 def record_key(key: StorageKey) -> tuple[int, int, int, int | None, str | None, str]:
     """The key of the conversation's record: all that aiogram tells conversations apart by.
 
-    >>> record_key(StorageKey(bot_id=1, chat_id=-100, user_id=7))
-    (1, -100, 7, None, None, 'default')
+    Examples:
+        >>> record_key(StorageKey(bot_id=1, chat_id=-100, user_id=7))
+        (1, -100, 7, None, None, 'default')
     """
     return (
         key.bot_id,

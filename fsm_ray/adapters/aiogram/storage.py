@@ -32,8 +32,9 @@ class RayStorage(BaseStorage):
 
     Whatever the methods of `AsyncStorage` raise, these raise too.
 
-    >>> from aiogram import Dispatcher
-    >>> dispatcher = Dispatcher(storage=RayStorage("my_bot", shards=2, state_ttl=3600, data_ttl=3600))
+    Examples:
+        >>> from aiogram import Dispatcher
+        >>> dispatcher = Dispatcher(storage=RayStorage("my_bot", shards=2, state_ttl=3600, data_ttl=3600))
     """
 
     def __init__(
@@ -87,7 +88,10 @@ class RayStorage(BaseStorage):
         return await self._bot.ready()
 
     def create_isolation(self, *, timeout_s: float = math.inf) -> RayEventIsolation:
-        """The isolation of this storage's conversations, over the same connections."""
+        """The isolation of this storage's conversations, over the same connections.
+
+        When a worker dies, its lock is free at once; 30 s later where operations travel as Ray calls.
+        """
         isolation = RayEventIsolation(
             self._bot.name, self._bot.storage, self._bot.options, timeout_s=timeout_s
         )

@@ -39,9 +39,10 @@ class RayFSMMiddleware(BaseMiddleware):
     What handlers do to `state` is committed when they are done, and dropped when they raise. They may take
     the `turn` too. Error handlers run after that: what they do to `state` is stored in turns of its own.
 
-    >>> from aiogram import Dispatcher
-    >>> dispatcher = Dispatcher(storage=RayStorage("my_bot"), disable_fsm=True)
-    >>> _ = dispatcher.update.outer_middleware(RayFSMMiddleware(dispatcher.fsm))
+    Examples:
+        >>> from aiogram import Dispatcher
+        >>> dispatcher = Dispatcher(storage=RayStorage("my_bot"), disable_fsm=True)
+        >>> _ = dispatcher.update.outer_middleware(RayFSMMiddleware(dispatcher.fsm))
     """
 
     def __init__(

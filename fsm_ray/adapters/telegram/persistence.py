@@ -62,10 +62,11 @@ class RayPersistence(BasePersistence[Any, Any, Any]):
     application's error handlers; the changes that could not be stored stay in the application's memory, and
     are stored with the next ones to the same user, chat or bot data.
 
-    >>> from telegram.ext import Application
-    >>> from fsm_ray.adapters.telegram import RayApplication
-    >>> builder = Application.builder().application_class(RayApplication).token("123:abc")
-    >>> application = builder.persistence(RayPersistence("my_bot", shards=2)).build()
+    Examples:
+        >>> from telegram.ext import Application
+        >>> from fsm_ray.adapters.telegram import RayApplication
+        >>> builder = Application.builder().application_class(RayApplication).token("123:abc")
+        >>> application = builder.persistence(RayPersistence("my_bot", shards=2)).build()
     """
 
     def __init__(

@@ -22,8 +22,9 @@ BOT, CALLBACK = ("bot",), ("callback",)
 def conversation_key(name: str, key: ConversationKey) -> tuple[str | int, ...]:
     """The key of the record of a conversation of the handler of this name.
 
-    >>> conversation_key("registration", (-100, 7))
-    ('conversation', 'registration', -100, 7)
+    Examples:
+        >>> conversation_key("registration", (-100, 7))
+        ('conversation', 'registration', -100, 7)
     """
     return ("conversation", name, *key)
 
@@ -31,8 +32,9 @@ def conversation_key(name: str, key: ConversationKey) -> tuple[str | int, ...]:
 def conversation_flow(name: str) -> str:
     """The flow of the conversations of the handler of this name.
 
-    >>> conversation_flow("registration")
-    'conversation:registration'
+    Examples:
+        >>> conversation_flow("registration")
+        'conversation:registration'
     """
     return f"conversation:{name}"
 
@@ -42,8 +44,9 @@ def conversation_record(name: str, state: object | None) -> State | None:
 
     A state that is text or a number is the record's too, so that scans find conversations by it.
 
-    >>> conversation_record("registration", 1).state
-    '1'
+    Examples:
+        >>> conversation_record("registration", 1).state
+        '1'
     """
     if state is None or state == ConversationHandler.END:
         return None
@@ -74,8 +77,9 @@ def fields_of(data: Any) -> MutableMapping[Any, Any]:
 def by_encoded_name(data: Any) -> dict[str, Any]:
     """The data as its record has it.
 
-    >>> by_encoded_name({"name": "Ada"})
-    {'name': 'Ada'}
+    Examples:
+        >>> by_encoded_name({"name": "Ada"})
+        {'name': 'Ada'}
     """
     return {encoded_name(name): value for name, value in fields_of(data).items()}
 
