@@ -89,14 +89,42 @@ def test_the_examples_of_a_page_are_true(page: str, cluster: object, directories
 @pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
 def test_what_a_page_shows_of_python_can_be_compiled_and_imported(page: str) -> None:
     for block in blocks_of(page, "python"):
-        if ">>>" in block:
-            continue
         tree = compile(block, page, "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         for node in ast.walk(tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 exec(
                     compile(ast.Module([node], []), page, "exec"), {}
                 )  # a submodule is imported by that alone
+
+
+@pytest.mark.parametrize("page", list(PAGES))
+def test_what_is_typed_at_a_prompt_is_shown_as_such(page: str) -> None:
+    typed = "".join(blocks_of(page, "pycon"))
+
+    assert typed.count(">>> ") == PAGES[page].count(">>> ") - PAGES[page].count("`>>> ")
+
+
+def modules_in_the_reference() -> list[str]:
+    named = {name for text in PAGES.values() for name in re.findall(r"^::: ([\w.]+)", text, re.MULTILINE)}
+    return sorted({module for name in named if (module := module_of(name)) is not None})
+
+
+def module_of(name: str) -> str | None:
+    """The module that this is the name of, or of something in it."""
+    while name:
+        if (ROOT / name.replace(".", "/")).with_suffix(".py").is_file():
+            return name
+        name = name.rpartition(".")[0]
+    return None
+
+
+@pytest.mark.parametrize("module", modules_in_the_reference())
+def test_examples_of_the_reference_are_in_a_section_of_their_own(module: str) -> None:
+    tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text())
+    docstrings = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, _DOCUMENTED)]
+
+    # Elsewhere, Markdown takes them for quotes in quotes.
+    assert [each for each in docstrings if each and re.search(r"^>>> ", each, re.MULTILINE)] == []
 
 
 def commands_of(page: str) -> Iterator[list[str]]:
@@ -137,6 +165,7 @@ def names_in(path: Path) -> set[str]:
 
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_DOCUMENTED = (ast.Module, ast.ClassDef, *_FUNCTIONS)
 NAMED_TEST = re.compile(r"`((?:fsm_ray/testing/|tests/)?\w+\.py)(?:::((?:\w+::)?\w+))?`")
 
 
