@@ -1,8 +1,9 @@
 """Conversations into fsm_ray from elsewhere, and out of it: export, import, and importers for other storages.
 
-All of it streams, may be run while bots work, and may be run again after it was killed: what is there already
-is left alone, so nothing is imported twice and no newer conversation is overwritten. The importers are in
-`transfer.aiogram`, `transfer.telegram` and `transfer.telebot`, and need their framework.
+All of it may be run while bots work, and again after it was killed: what is there already is left alone, so
+nothing is imported twice and no newer conversation is overwritten. Exports and Redis are read bit by bit; a
+pickle is loaded into memory as a whole. The importers are in `transfer.aiogram`, `transfer.telegram` and
+`transfer.telebot`, and need their framework.
 """
 
 from __future__ import annotations

@@ -32,7 +32,9 @@ class Refusal(NamedTuple):
     """What was left out, and why."""
 
     source: str
+    """Where in the source it is: a line, a key."""
     reason: str
+    """Why it was left out."""
 
 
 @dataclass
@@ -40,9 +42,11 @@ class Report:
     """What became of the conversations."""
 
     written: int = 0
+    """They are in the bot, or in the file, now."""
     skipped: int = 0
     """There was a record already, or the conversation has ended."""
     refused: list[Refusal] = field(default_factory=list)
+    """What was left out, and why."""
 
     @property
     def total(self) -> int:
