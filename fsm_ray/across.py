@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fsm_ray import protocol
-from fsm_ray.codec import decode_key, encode_key
+from fsm_ray.codec import encode_key
 from fsm_ray.errors import (
     ChangesMissed,
     FsmRayError,
@@ -37,6 +37,7 @@ from fsm_ray.routing.asking import Asking
 from fsm_ray.routing.blocking import BlockingBot
 from fsm_ray.routing.directory import retry_delay_s
 from fsm_ray.routing.loop import LoopBot
+from fsm_ray.routing.route import Route
 from fsm_ray.state import State
 
 Position = tuple[int, ...]
@@ -86,7 +87,8 @@ class Change:
 class _ShardScan:
     """The scan of one shard, page by page."""
 
-    def __init__(self, front: Front, after: bytes | None) -> None:
+    def __init__(self, route: Route, front: Front, after: bytes | None) -> None:
+        self._decode_key = route.decode_key
         self.is_done = False
         self.is_answered = False
         """Whether the last request was: if not, the shard may be gone, and the scan with it."""
@@ -109,7 +111,10 @@ class _ShardScan:
         self.is_answered = True
         self._page += 1
         self._has_begun |= bool(found)
-        return (_conversation(good(each)) for each in found)
+        return map(self._conversation, map(good, found))
+
+    def _conversation(self, found: Found) -> Conversation:
+        return Conversation(self._decode_key(found.key), found.record)
 
 
 def scan(
@@ -127,7 +132,7 @@ def _scan(
 ) -> Generator[Conversation, None, None]:
     shards, after = start
     for number in shards:
-        pages = _ShardScan(front, after)
+        pages = _ShardScan(find_bot().route, front, after)
         try:
             while left and not pages.is_done:
                 results = find_bot().shards[number].ask(SCAN, pages.request(_size(left)))
@@ -153,7 +158,7 @@ async def scan_async(
     bot = await find_bot()
     shards, after_key = _start(bot, after)
     for number in shards:
-        asking, pages = bot.shards[number].asking, _ShardScan(front, after_key)
+        asking, pages = bot.shards[number].asking, _ShardScan(bot.route, front, after_key)
         try:
             while left and not pages.is_done:
                 results = await asking.ask(SCAN, pages.request(_size(left)), timeout_s)
@@ -212,7 +217,7 @@ async def watch(
                 for result in task.result():
                     if isinstance(result, ChangeView):
                         reached[number] = result.version
-                        yield _change(result, tuple(reached))
+                        yield _change(bot.route, result, tuple(reached))
                     else:
                         reached[number] = _end(result, reached, number)
                 ask(number)
@@ -314,10 +319,10 @@ def _sum(replies: Iterable[Sequence[Counted]], by: By) -> int | dict[Any, int]:
     return counts.total() if by is None else dict(counts)
 
 
-def _conversation(found: Found) -> Conversation:
-    return Conversation(decode_key(found.key), found.record)
-
-
-def _change(view: ChangeView, reached: Position) -> Change:
+def _change(route: Route, view: ChangeView, reached: Position) -> Change:
     state = None if view.record is None else state_of(view.record)
-    return Change(decode_key(view.key), view.before, state, view.version, reached)
+    try:
+        return Change(route.decode_key(view.key), view.before, state, view.version, reached)
+    except ValueNotDecodable as error:
+        error.position = reached
+        raise

@@ -64,6 +64,9 @@ MAX_TIMEOUT_S = 300.0
 class _Facade:
     """What both storages are made of."""
 
+    _imports_classes = True
+    """Whether what is read comes as values of users' classes; see `transfer.encoded`."""
+
     def __init__(
         self, address: str | None = None, *, timeout_s: float = 10.0, transport: Transport = "auto"
     ) -> None:
@@ -641,7 +644,8 @@ class Storage(_Facade):
         if bot is None:
             check_bot_name(bot_name)
             by_socket = self._transport == "auto"
-            route = Route(bot_name, self._directory.options(bot_name))
+            options = self._directory.options(bot_name)
+            route = Route(bot_name, options, imports_classes=self._imports_classes)
             bot = BlockingBot(
                 self._directory, route, self._timeout_s, lambda: self._forget(bot_name), by_socket=by_socket
             )
@@ -995,7 +999,7 @@ class AsyncStorage(_Facade):
             if bot_name not in bots:
                 bots[bot_name] = LoopBot(
                     self._directory,
-                    Route(bot_name, options),
+                    Route(bot_name, options, imports_classes=self._imports_classes),
                     self._timeout_s,
                     lambda: self._forget(bots, bot_name),
                     by_socket=self._transport == "auto",

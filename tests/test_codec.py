@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from msgspec.msgpack import Ext
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, RootModel
 
-from fsm_ray.codec import decode_key, encode_data, encode_key, extension_hook
+from fsm_ray.codec import EncodedKey, decode_key, decode_plain_key, encode_data, encode_key, extension_hook
 from fsm_ray.errors import InvalidData, InvalidKey, PickleNotAllowed, ValueNotDecodable
 
 T = TypeVar("T")
@@ -943,8 +943,26 @@ def test_a_key_of_a_class_with_other_fields_is_not_decodable(versions: Versions,
         decode_key(encoded)
 
     versions.become("")
-    with pytest.raises(ValueNotDecodable, match="cannot be imported here"):
+    with pytest.raises(ValueNotDecodable, match="cannot be imported here") as raised:
         decode_key(encoded)
+    assert raised.value.key == EncodedKey(encoded)
+
+
+def test_a_key_of_a_class_that_is_missing_here_is_good_as_it_is_encoded(versions: Versions) -> None:
+    part = versions.become(f"{KINDS['named tuple']}\n size: int").Pizza(1)
+    whole = encode_key((7, part))
+    stand_in = EncodedKey(encode_key(part))
+
+    assert encode_key(stand_in) == encode_key(part)
+    assert encode_key((7, stand_in)) == encode_key(EncodedKey(whole)) == whole
+
+
+def test_a_plain_key_is_decoded_and_one_of_a_class_is_left_encoded(versions: Versions) -> None:
+    part = versions.become(f"{KINDS['named tuple']}\n size: int").Pizza(1)
+    plain = (-100, "a", None, 10**30, uuid.UUID(int=7), (1.5, b"x"))
+
+    assert decode_plain_key(encode_key(plain)) == plain
+    assert decode_plain_key(encode_key((7, part))) == EncodedKey(encode_key((7, part)))
 
 
 @many

@@ -9,6 +9,22 @@ from __future__ import annotations
 
 from fsm_ray.codec.decoder import extension_hook
 from fsm_ray.codec.encoder import encode_data
-from fsm_ray.codec.keys import check_key, decode_key, encode_key, slot_of
+from fsm_ray.codec.keys import (
+    EncodedKey,
+    check_key,
+    decode_key,
+    decode_plain_key,
+    encode_key,
+    slot_of,
+)
 
-__all__ = ["check_key", "decode_key", "encode_data", "encode_key", "extension_hook", "slot_of"]
+__all__ = [
+    "EncodedKey",
+    "check_key",
+    "decode_key",
+    "decode_plain_key",
+    "encode_data",
+    "encode_key",
+    "extension_hook",
+    "slot_of",
+]

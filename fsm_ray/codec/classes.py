@@ -34,7 +34,9 @@ def find_class(module: str, qualname: str, is_kind: Callable[[Any], bool]) -> An
         for name in qualname.split("."):
             found = getattr(found, name)
     except Exception as error:  # importing runs users' code
-        raise ValueNotDecodable(f"class {module}.{qualname} cannot be imported here: {error!r}") from error
+        raise ValueNotDecodable(
+            f"class {module}.{qualname} cannot be imported here ({error!r}): set PYTHONPATH to where it is"
+        ) from error
     if not (isinstance(found, type) and is_kind(found)):
         raise ValueNotDecodable(f"{module}.{qualname} is not the kind of class that was stored")
     return found

@@ -48,7 +48,7 @@ def extension_hook(*, allow_pickle: bool) -> Callable[[int, memoryview], Any]:
         except (PickleNotAllowed, ValueNotDecodable):
             raise
         except Exception as error:  # users' code runs: imports, __setstate__, __hash__, default factories
-            raise ValueNotDecodable(f"a stored value cannot be rebuilt: {error!r}") from error
+            raise ValueNotDecodable(f"a value cannot be rebuilt: {error!r}") from error
         raise ValueNotDecodable(f"extension code {code} is unknown: broken, or written by a newer fsm_ray")
 
     decoder = msgspec.msgpack.Decoder(ext_hook=hook)

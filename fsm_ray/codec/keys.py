@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import reprlib
 import zlib
@@ -11,6 +12,7 @@ from typing import Any
 from uuid import UUID
 
 import msgspec
+from msgspec import Raw
 from msgspec.msgpack import Ext
 
 from fsm_ray.codec import classes, wire
@@ -24,6 +26,16 @@ _PARTS = (
 )
 _UUID_BYTES = 16
 _encode = wire.to_msgpack  # a global of this module is found faster
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EncodedKey:
+    """Stands for a key that cannot be decoded here; wherever a key is taken, it is that key."""
+
+    encoded: bytes
+
+    def __repr__(self) -> str:
+        return f"EncodedKey({base64.b64encode(self.encoded).decode()})"
 
 
 def encode_key(key: Hashable) -> bytes:
@@ -71,14 +83,28 @@ def decode_key(encoded: bytes) -> Hashable:
     """Return the key that `encode_key` made these bytes from; classes are found by import.
 
     Raises:
-        ValueNotDecodable: a class is not importable here or has other fields now, or the bytes are no key.
+        ValueNotDecodable: a class is not importable here or has other fields now, or the bytes are no key;
+            the error's `key` is an `EncodedKey`.
     """
+    return _decoded(_decoder, encoded)
+
+
+def decode_plain_key(encoded: bytes) -> Hashable:
+    """As `decode_key`, but nothing is imported: a key that would need it comes as an `EncodedKey`."""
     try:
-        return _read(encoded)  # type: ignore[no-any-return]
+        return _decoded(_plain_decoder, encoded)
     except ValueNotDecodable:
+        return EncodedKey(encoded)
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[Any], encoded: bytes) -> Hashable:
+    try:
+        return _frozen(decoder.decode(encoded))  # type: ignore[no-any-return]
+    except ValueNotDecodable as error:
+        error.key = EncodedKey(encoded)
         raise
     except Exception as error:  # broken bytes fail in many ways
-        raise ValueNotDecodable(f"these bytes are no key: {error!r}") from error
+        raise ValueNotDecodable(f"these bytes are no key: {error!r}", key=EncodedKey(encoded)) from error
 
 
 def check_key(encoded: bytes) -> None:
@@ -128,6 +154,8 @@ def _pack(part: Any, depth: int) -> Any:
         return part + 0.0  # -0.0 becomes 0.0
     if cls is tuple:
         return [_pack(item, depth + 1) for item in part]
+    if cls is EncodedKey:
+        return Raw(part.encoded)
     packed = Ext(wire.UUID, part.bytes) if cls is UUID else _pack_object(part, cls, depth)
     if packed is None:
         raise InvalidKey(f"a key cannot hold {reprlib.repr(part)} ({wire.type_name(part)}), only {_PARTS}")
@@ -168,10 +196,6 @@ def _is_key_dataclass(cls: type) -> bool:
     return _key_fields(cls) is not None
 
 
-def _read(encoded: bytes | memoryview) -> Any:
-    return _frozen(_decoder.decode(encoded))
-
-
 def _frozen(part: Any) -> Any:
     """The part with its arrays as the tuples that they were."""
     if type(part) is list:
@@ -180,19 +204,22 @@ def _frozen(part: Any) -> Any:
     return part
 
 
-def _extension(code: int, payload: memoryview) -> Any:
+def _plain_extension(code: int, payload: memoryview) -> Any:
     if code == wire.INT:
         return wire.unpack_int(payload)
     if code == wire.UUID:
         return UUID(bytes=bytes(payload))
-    parts = _decoder.decode(payload)
+    raise ValueNotDecodable(f"extension code {code} is unknown in plain keys")
+
+
+def _extension(code: int, payload: memoryview) -> Any:
     if code == wire.ENUM:
-        return classes.find_member(*parts)
+        return classes.find_member(*_decoder.decode(payload))
     if code == wire.NAMED_TUPLE:
-        return _named_tuple(*parts)
+        return _named_tuple(*_decoder.decode(payload))
     if code == wire.DATACLASS:
-        return _dataclass(*parts)
-    raise ValueNotDecodable(f"extension code {code} is unknown in keys")
+        return _dataclass(*_decoder.decode(payload))
+    return _plain_extension(code, payload)
 
 
 def _named_tuple(module: str, qualname: str, stored: dict[str, Any]) -> Any:
@@ -216,5 +243,6 @@ def _same_fields(cls: type, names: list[str], stored: dict[str, Any]) -> dict[st
 
 
 _decoder = msgspec.msgpack.Decoder(ext_hook=_extension)
+_plain_decoder = msgspec.msgpack.Decoder(ext_hook=_plain_extension)
 _bare_decoder = msgspec.msgpack.Decoder()
 _reference_decoder = msgspec.msgpack.Decoder(tuple[str, str, Any])

@@ -8,7 +8,7 @@ A result is what was asked for, a number (the version), a bool, nil, or a map th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -179,11 +179,17 @@ def decode_error(result: dict[str, Any]) -> FsmRayError:
         kind = FsmRayError
     facts = dict(result["facts"])
     if result["key"] is not None:
-        # A key whose class is missing here must not hide what went wrong.
-        with contextlib.suppress(FsmRayError):
-            facts["key"] = decode_key(result["key"])
+        facts["key"] = _key(result["key"])
     error: FsmRayError = kind(result["message"], **facts)
     return error
+
+
+def _key(encoded: bytes) -> Hashable:
+    """The key of an error: one whose class is missing here must not hide what went wrong."""
+    try:
+        return decode_key(encoded)
+    except errors.ValueNotDecodable as error:
+        return error.key  # type: ignore[no-any-return]
 
 
 def error_of(result: Result | FsmRayError) -> FsmRayError:
@@ -216,7 +222,9 @@ class ReplyDecoder:
     `whole` has a function for each kind of request, which does the work of `decode` but for such values.
     """
 
-    def __init__(self, extension_hook: Callable[[int, memoryview], Any]) -> None:
+    def __init__(self, extension_hook: Callable[[int, memoryview], Any] | None) -> None:
+        """Make one. Without a hook, values of classes stay as they are encoded: msgspec's `Ext`."""
+
         def decoders(types: Iterable[Any]) -> list[Callable[[bytes], Any]]:
             return [msgspec.msgpack.Decoder(each, ext_hook=extension_hook).decode for each in types]
 
@@ -254,8 +262,8 @@ def _located(error: FsmRayError, kind: int, encoded: msgspec.Raw) -> FsmRayError
     """The error with the key, or the version, of what a scan or a watch goes on behind."""
     with contextlib.suppress(*UNDECODABLE):
         if kind == SCAN:
-            error.key = decode_key(_decode_found(encoded)[0])
+            error.key = _key(_decode_found(encoded)[0])
         elif kind == WATCH:
             vars(error)["version"], key, *_ = _decode_change(encoded)
-            error.key = decode_key(key)
+            error.key = _key(key)
     return error

@@ -121,11 +121,15 @@ async def _move_across(
 
 def _put(route: Route, key: Hashable, record: RecordView, expected_version: int | None) -> Addressed:
     """The operation that stores the record as it was read; with its time to live, unless the bot gives it."""
+    return route.put_record(key, record, expected_version, kept_ttl_ms(route, record))
+
+
+def kept_ttl_ms(route: Route, record: RecordView) -> int | None:
+    """The time to live that a write has to give so that the record's own goes on; None: it has none."""
     content = record.content
-    ttl_ms: int | None = content.ttl_ms or None
     if route.options.ttl_mode == "absolute" and content.deadline_ms != NEVER_MS:
-        ttl_ms = max(1, content.deadline_ms - int(time.time() * 1_000))
-    return route.put_record(key, record, expected_version, ttl_ms)
+        return max(1, content.deadline_ms - int(time.time() * 1_000))
+    return content.ttl_ms or None
 
 
 def _version(record: RecordView | None) -> int:

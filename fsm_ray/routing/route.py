@@ -12,7 +12,14 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from fsm_ray import protocol
-from fsm_ray.codec import encode_data, encode_key, extension_hook, slot_of
+from fsm_ray.codec import (
+    decode_key,
+    decode_plain_key,
+    encode_data,
+    encode_key,
+    extension_hook,
+    slot_of,
+)
 from fsm_ray.errors import (
     FrameTooLarge,
     InvalidData,
@@ -34,7 +41,7 @@ Addressed = tuple[int, bytes]
 Fields = Mapping[str, Any] | None
 """Fields of the data, by name; None: no field."""
 
-_MAX_TTL_S = 1e10
+MAX_TTL_S = 1e10
 """As in BotOptions."""
 
 
@@ -44,10 +51,13 @@ class Route:
     All that can be refused here is, before anything is sent.
     """
 
-    def __init__(self, bot_name: str, options: BotOptions) -> None:
+    def __init__(self, bot_name: str, options: BotOptions, *, imports_classes: bool = True) -> None:
+        """Make one; without `imports_classes`, what is read needs no class, and has the form of the codec."""
         self.bot_name = bot_name
         self.options = options
-        self.decoder = ReplyDecoder(extension_hook(allow_pickle=options.allow_pickle))
+        hook = extension_hook(allow_pickle=options.allow_pickle) if imports_classes else None
+        self.decoder = ReplyDecoder(hook)
+        self.decode_key = decode_key if imports_classes else decode_plain_key
         # So many that a reply can hold the largest record for each.
         self.max_operations = min(MAX_OPERATIONS, MAX_REPLY_BYTES // (2 * options.max_record_bytes))
         self._shards = options.shards
@@ -207,10 +217,10 @@ class Route:
             InvalidInput: it is none.
         """
         is_number = isinstance(ttl_s, int | float) and not isinstance(ttl_s, bool)
-        if is_number and (0 < ttl_s <= _MAX_TTL_S or ttl_s == math.inf):
+        if is_number and (0 < ttl_s <= MAX_TTL_S or ttl_s == math.inf):
             return to_ms(ttl_s)
         raise InvalidInput(
-            f"ttl_s is a time to live in seconds, more than 0 and at most {_MAX_TTL_S:.0f}; "
+            f"ttl_s is a time to live in seconds, more than 0 and at most {MAX_TTL_S:.0f}; "
             f"math.inf: for ever; None: as the bot's options say; not {ttl_s!r}"
         )
 
