@@ -230,7 +230,7 @@ async def test_an_import_decodes_nothing_pickled_whatever_its_caller_allows(
     async with AsyncStorage(timeout_s=DEADLINE_S) as storage:
         report = await import_(storage, BOT, io.BytesIO(whole), allow_pickle=allow_pickle)
 
-    assert [each.reason.partition(":")[0] for each in report.refused] == ["a stored value is pickled"]
+    assert [each.reason.partition(":")[0] for each in report.refused] == ["it holds a pickled value"]
     assert plain.get_state(BOT, OTHER) is None
 
 

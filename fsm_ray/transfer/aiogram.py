@@ -55,7 +55,7 @@ async def import_aiogram_redis(
         progress: told how far it is.
 
     Raises:
-        InvalidInput: the bot's id is nowhere; nothing was changed.
+        InvalidInput: the bot's id is nowhere, or the URL is none; nothing was changed.
         UnknownBot, NamespaceUnavailable, redis.RedisError: some were imported; to be called again.
     """
     builder = key_builder or DefaultKeyBuilder()

@@ -10,18 +10,25 @@ import math
 import time
 from collections.abc import AsyncGenerator, Hashable
 from datetime import datetime
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import msgspec
 
 from fsm_ray.across import Conversation
 from fsm_ray.errors import FsmRayError, InvalidData, PickleNotAllowed, ScanInterrupted, ValueNotDecodable
+from fsm_ray.routing.route import MAX_TTL_S
 from fsm_ray.state import State
 from fsm_ray.storage import AsyncStorage
-from fsm_ray.transfer.loading import Arrival, Progress, Refusal, Report, load, no_progress
-from fsm_ray.transfer.typed_json import data_from_json, data_to_json, key_from_json, key_to_json
+from fsm_ray.transfer.encoded import AsyncEncodedStorage, seconds
+from fsm_ray.transfer.loading import Arrival, Progress, Refusal, Report, load, no_progress, refusal
+from fsm_ray.transfer.typed_json import data_from_json, encoded_to_json, key_from_json, key_to_json
 
 _FORMAT = 1
+
+_PICKLE_CURE = "allow_pickle=True (--allow-pickle) accepts it; a file from others can run any code then"
+
+_WRONG_LINE = (msgspec.MsgspecError, ValueError, ArithmeticError, RecursionError, FsmRayError)
+"""What a line that is none, or of nothing that can be a conversation, may raise."""
 
 
 class _Header(msgspec.Struct, forbid_unknown_fields=True):
@@ -40,8 +47,8 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     data: dict[str, Any] = {}
     version: int | None = None
     """Which write made the record, for people and other programs to see."""
-    ttl_s: float | None = None
-    """The time to live that a write gave to this record itself."""
+    ttl_s: float | Literal["inf"] | None = None
+    """The time to live that a write gave to this record itself; JSON has no number for ever."""
     expires_at: datetime | None = None
 
 
@@ -62,7 +69,8 @@ async def export(
 ) -> Report:
     """Write the bot's conversations to a file, a line each. Bots may work meanwhile.
 
-    What is written of each shard is of one moment, unless the shard is restarted meanwhile.
+    What is written of each shard is of one moment, unless the shard is restarted meanwhile. No class is
+    imported for it, and no pickle loaded.
 
     Raises:
         UnknownBot, NamespaceUnavailable: the file is cut off, and `import_` tells so.
@@ -70,14 +78,15 @@ async def export(
     report, tell = Report(), progress or no_progress
     total = await storage.count(bot_name)
     file.write(_encode(_Header(_FORMAT, bot_name)) + b"\n")
-    async for each in _all_of(storage, bot_name):
-        if isinstance(each, Refusal):
-            report.refused.append(each)
-            continue
-        file.write(_encode(_line(each)) + b"\n")
-        report.written += 1
-        if report.written % 1_000 == 0:
-            tell(report.total, max(total, report.total))
+    async with AsyncEncodedStorage.of(storage) as encoded:
+        async for each in _all_of(encoded, bot_name):
+            if isinstance(each, Refusal):
+                report.refused.append(each)
+                continue
+            file.write(each + b"\n")
+            report.written += 1
+            if report.written % 1_000 == 0:
+                tell(report.total, max(total, report.total))
     file.write(_encode(_Footer(report.written)) + b"\n")
     file.flush()
     tell(report.total, report.total)
@@ -101,7 +110,7 @@ async def import_(
     Args:
         storage: the storage.
         bot_name: the bot; it may be another one than the export is of.
-        file: the export; lines may have been removed, changed and sorted.
+        file: the export; lines of conversations may have been removed, changed, and put into another order.
         overwrite: replace the conversations that are there.
         allow_pickle: accept values that only pickle carries, unless the bot does not. A file from others can
             run any code then.
@@ -117,39 +126,48 @@ async def import_(
         file,
         # Refused by the bot, it must not be decoded first.
         allow_pickle=allow_pickle and options.allow_pickle,
+        pickle_cure=_PICKLE_CURE if options.allow_pickle else "the bot's options do not allow it",
         keeps_moment=options.ttl_mode == "absolute",
     )
     return await load(storage, bot_name, lines, overwrite=overwrite, progress=progress)
 
 
-async def _all_of(storage: AsyncStorage, bot_name: str) -> AsyncGenerator[Conversation | Refusal, None]:
-    """Every conversation; a value that cannot be decoded here does not keep the others from it."""
+async def _all_of(storage: AsyncEncodedStorage, bot_name: str) -> AsyncGenerator[bytes | Refusal, None]:
+    """Every conversation's line; one that cannot be told does not keep the others from it."""
     after: Hashable = None
+    allow_pickle = await storage.allows_pickle(bot_name)
     while True:
         try:
             async for conversation in storage.scan(bot_name, after=after):
-                yield conversation
                 after = conversation.key
+                yield _encoded_line(conversation, allow_pickle=allow_pickle)
         except ScanInterrupted:
             continue
-        except (PickleNotAllowed, ValueNotDecodable) as error:
+        except ValueNotDecodable as error:
             if error.key is None:
                 raise
-            yield Refusal(repr(error.key), str(error))
             after = error.key
+            yield refusal(repr(after), error)
         else:
             return
 
 
-def _line(conversation: Conversation) -> _Line:
-    state, ttl_ms = conversation.state, conversation.record.content.ttl_ms
+def _encoded_line(conversation: Conversation, *, allow_pickle: bool) -> bytes | Refusal:
+    try:
+        return _encode(_line(conversation, allow_pickle=allow_pickle))
+    except (PickleNotAllowed, ValueNotDecodable) as error:
+        return refusal(repr(conversation.key), error)
+
+
+def _line(conversation: Conversation, *, allow_pickle: bool) -> _Line:
+    state, ttl_s = conversation.state, seconds(conversation.record.content.ttl_ms)
     return _Line(
         key=key_to_json(conversation.key),
         flow=state.flow,
         state=state.state,
-        data=data_to_json(state.data),
+        data=encoded_to_json(state.data, allow_pickle=allow_pickle),
         version=state.version,
-        ttl_s=ttl_ms / 1_000 if ttl_ms else None,
+        ttl_s="inf" if ttl_s == math.inf else ttl_s,
         expires_at=state.expires_at,
     )
 
@@ -164,7 +182,7 @@ def _check_header(line: bytes) -> None:
 
 
 async def _arrivals(
-    file: BinaryIO, *, allow_pickle: bool, keeps_moment: bool
+    file: BinaryIO, *, allow_pickle: bool, pickle_cure: str, keeps_moment: bool
 ) -> AsyncGenerator[Arrival | Refusal | None, None]:
     """What the lines hold; `keeps_moment`: what is left of a time to live counts, and not all of it again."""
     footer = None
@@ -175,8 +193,10 @@ async def _arrivals(
                 footer = _decode_footer(line)
                 continue
             yield _arrival(where, _decode_line(line), allow_pickle=allow_pickle, keeps_moment=keeps_moment)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, FsmRayError) as error:
-            yield Refusal(where, str(error))
+        except PickleNotAllowed:
+            yield Refusal(where, f"it holds a pickled value: {pickle_cure}")
+        except _WRONG_LINE as error:
+            yield refusal(where, error)
     if footer is None:
         yield Refusal("the end", "the file is cut off: it has no last line that tells how many there are")
 
@@ -185,9 +205,11 @@ def _arrival(where: str, line: _Line, *, allow_pickle: bool, keeps_moment: bool)
     left_s = math.inf if line.expires_at is None else line.expires_at.timestamp() - time.time()
     if left_s <= 0:
         return None
-    ttl_s = line.ttl_s
+    ttl_s = None if line.ttl_s is None else float(line.ttl_s)
     if keeps_moment and line.expires_at is not None:
         ttl_s = left_s
+    if ttl_s is not None and ttl_s > MAX_TTL_S:
+        ttl_s = math.inf  # earlier versions wrote it as a number of seconds
     key = key_from_json(line.key)
     data = data_from_json(line.data, allow_pickle=allow_pickle)
     state = State(flow=line.flow, state=line.state, data=data)

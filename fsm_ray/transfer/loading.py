@@ -11,6 +11,9 @@ from fsm_ray.errors import InvalidInput, VersionConflict
 from fsm_ray.state import State
 from fsm_ray.storage import AsyncStorage
 
+_REASON_LENGTH = 300
+"""Characters of what was wrong with a conversation that are kept: it may cite all of it."""
+
 _BATCH = 256
 """Conversations that are written at the same time; they travel and are committed together."""
 
@@ -35,6 +38,16 @@ class Refusal(NamedTuple):
     """Where in the source it is: a line, a key."""
     reason: str
     """Why it was left out."""
+
+
+def refusal(source: str, error: Exception) -> Refusal:
+    """What was left out because of this error, told in short."""
+    return Refusal(
+        *(
+            f"{text[:_REASON_LENGTH]}..." if len(text) > _REASON_LENGTH else text
+            for text in (source, str(error))
+        )
+    )
 
 
 @dataclass
@@ -119,5 +132,5 @@ async def _write_one(
     except VersionConflict:
         return "skipped"
     except InvalidInput as error:
-        return Refusal(arrival.source, str(error))
+        return refusal(arrival.source, error)
     return "written"

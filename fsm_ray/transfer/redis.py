@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from fsm_ray.errors import MissingExtra
+from fsm_ray.errors import InvalidInput, MissingExtra
+from fsm_ray.options import redacted
 
 try:
     from redis.asyncio import Redis
@@ -22,8 +23,17 @@ _PAGE = 1_000
 
 @asynccontextmanager
 async def opened(url: str) -> AsyncGenerator[Redis, None]:
-    """A client, closed again behind the block."""
-    redis = Redis.from_url(url)
+    """A client, closed again behind the block.
+
+    Raises:
+        InvalidInput: the URL is none of a Redis.
+    """
+    try:
+        redis = Redis.from_url(url)
+        redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # refuses unknown options
+    except (TypeError, ValueError):
+        # Without the cause: it may cite a part of the password.
+        raise InvalidInput(f"{redacted(url)} is no URL of a Redis, as redis://host:6379/0 is") from None
     try:
         yield redis
     finally:

@@ -116,7 +116,8 @@ def _parts(stored: Mapping[str, Any]) -> Iterator[tuple[tuple[Any, ...], Any, _M
     """Key of the record, what is stored, and how to make the record of that."""
     for kind in ("user", "chat"):
         for whose, data in (stored.get(f"{kind}_data") or {}).items():
-            yield (kind, whose), data, _data_of(kind)
+            if data != {}:
+                yield (kind, whose), data, _data_of(kind)
     if stored.get("bot_data"):
         yield records.BOT, stored["bot_data"], _data_of("bot")
     if stored.get("callback_data"):
@@ -130,7 +131,7 @@ def _data_of(kind: str) -> _Make:
     def make(data: Any) -> State | None:
         if not isinstance(data, Mapping):
             raise InvalidData(f"it is no dict: {data!r:.80}")
-        return State(flow=kind, data=records.by_encoded_name(data)) if data else None
+        return State(flow=kind, data=records.by_encoded_name(data))
 
     return make
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import math
+import reprlib
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -16,7 +18,7 @@ import msgspec
 from msgspec.msgpack import Ext
 
 from fsm_ray.codec import decode_key, encode_data, encode_key, extension_hook, wire
-from fsm_ray.errors import InvalidData
+from fsm_ray.errors import InvalidData, PickleNotAllowed, ValueNotDecodable
 
 _NESTED = {
     wire.ENUM: "$enum",
@@ -50,8 +52,9 @@ def _packed_int(value: int) -> bytes:
 _TEXTS: dict[int, tuple[str, Callable[[bytes], str], Callable[[str], bytes]]] = {
     wire.INT: (
         "$int",
-        lambda payload: str(wire.unpack_int(payload)),
-        lambda text: _packed_int(int(text)),
+        # Python refuses to tell, or to read, more than 4,300 decimal digits.
+        lambda payload: hex(wire.unpack_int(payload)),
+        lambda text: _packed_int(int(text, 0)),
     ),
     wire.UUID: ("$uuid", lambda payload: str(UUID(bytes=payload)), lambda text: UUID(text).bytes),
     wire.DECIMAL: ("$decimal", bytes.decode, str.encode),
@@ -81,7 +84,7 @@ def key_from_json(value: Any) -> Hashable:
 
     Raises:
         InvalidData: it is none.
-        ValueNotDecodable: its class is not importable here.
+        ValueNotDecodable: its class is not importable here; the error's `key` stands for it, if it is one.
     """
     return decode_key(_encode(_read(value)))
 
@@ -92,8 +95,17 @@ def data_to_json(data: Mapping[str, Any]) -> dict[str, Any]:
     >>> data_to_json({"pair": (1, 2.0), "name": "Ada"})
     {'pair': {'$tuple': [1, 2.0]}, 'name': 'Ada'}
     """
-    encoded = _decode(encode_data(data, allow_pickle=True))
-    return {name: _to_json(value) for name, value in encoded.items()}
+    return encoded_to_json(_decode(encode_data(data, allow_pickle=True)))
+
+
+def encoded_to_json(data: Mapping[str, Any], *, allow_pickle: bool = True) -> dict[str, Any]:
+    """As `data_to_json`, of data as an `EncodedStorage` reads it. Nothing in it is rebuilt.
+
+    Raises:
+        PickleNotAllowed: a value is pickled, and allow_pickle is False.
+        ValueNotDecodable: a later version of fsm_ray wrote a value.
+    """
+    return {name: _to_json(value, allow_pickle=allow_pickle) for name, value in data.items()}
 
 
 def data_from_json(value: Any, *, allow_pickle: bool) -> dict[str, Any]:
@@ -105,34 +117,39 @@ def data_from_json(value: Any, *, allow_pickle: bool) -> dict[str, Any]:
         ValueNotDecodable: a value's class is not importable here.
     """
     if not isinstance(value, dict):
-        raise InvalidData(f"data is a JSON object, not {value!r}")
+        raise InvalidData(f"data is a JSON object, not {reprlib.repr(value)}")
     encoded = _encode({name: _read(each) for name, each in value.items()})
     decoder = msgspec.msgpack.Decoder(dict[str, Any], ext_hook=extension_hook(allow_pickle=allow_pickle))
     return decoder.decode(encoded)
 
 
-def _to_json(value: Any) -> Any:  # noqa: PLR0911 - one for each kind
+def _to_json(value: Any, *, allow_pickle: bool = True) -> Any:  # noqa: PLR0911 - one for each kind
+    tell = partial(_to_json, allow_pickle=allow_pickle)
     match value:
         case float() if not math.isfinite(value):
             return {"$float": str(value)}
         case bytes():
             return {"$bytes": _to_base64(value)}
         case list():
-            return [_to_json(item) for item in value]
+            return [tell(item) for item in value]
         case dict() if all(isinstance(name, str) for name in value) and not _is_typed(value):
-            return {name: _to_json(item) for name, item in value.items()}
+            return {name: tell(item) for name, item in value.items()}
         case dict():
-            return {"$map": [[_to_json(name), _to_json(item)] for name, item in value.items()]}
+            return {"$map": [[tell(name), tell(item)] for name, item in value.items()]}
+        case Ext(code=wire.PICKLE) if not allow_pickle:
+            raise PickleNotAllowed("a value is pickled, and the bot's options do not allow it: replace it")
         case Ext(code=code, data=payload) if code in _TEXTS:
-            name, tell, _ = _TEXTS[code]
-            return {name: tell(bytes(payload))}
-        case Ext(code=code, data=payload):
-            return {_NESTED[code]: _to_json(_decode(bytes(payload)))}
+            name, text_of, _ = _TEXTS[code]
+            return {name: text_of(bytes(payload))}
+        case Ext(code=code, data=payload) if code in _NESTED:
+            return {_NESTED[code]: tell(_decode(bytes(payload)))}
+        case Ext(code=code):
+            raise ValueNotDecodable(f"extension code {code} is unknown: a newer fsm_ray wrote it")
     return value
 
 
-def _is_typed(value: Mapping[str, Any]) -> bool:
-    return len(value) == 1 and next(iter(value)).startswith("$")
+def _is_typed(value: Mapping[Any, Any]) -> bool:
+    return len(value) == 1 and str(next(iter(value))).startswith("$")
 
 
 def _read(value: Any) -> Any:
@@ -141,6 +158,8 @@ def _read(value: Any) -> Any:
     Raises:
         InvalidData: it is nothing that `_to_json` tells.
     """
+    if type(value) is int:
+        return wire.pack_int(value)
     if isinstance(value, list):
         return [_read(item) for item in value]
     if not isinstance(value, dict):
@@ -151,7 +170,7 @@ def _read(value: Any) -> Any:
     try:
         return _read_typed(name, content)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise InvalidData(f"{{{name!r}: {content!r}}} is no value of a known type: {error}") from error
+        raise InvalidData(f"{reprlib.repr(value)} is no value of a known type: {error!r:.200}") from error
 
 
 def _read_typed(name: str, content: Any) -> Any:
