@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 import json
+import math
 import os
 import signal
 import socket
@@ -25,10 +26,12 @@ from ray._private import services
 import fsm_ray
 from fsm_ray import State, Storage, cli
 from fsm_ray.cli import doctor
-from fsm_ray.cli.texts import key_text, read_data, read_key
+from fsm_ray.cli.texts import key_text, read_data, read_key, read_position
+from fsm_ray.codec import wire
 from fsm_ray.errors import (
     EncryptionKeysUnusable,
     InvalidData,
+    InvalidInput,
     InvalidKey,
     NamespaceUnavailable,
     PickleNotAllowed,
@@ -36,9 +39,11 @@ from fsm_ray.errors import (
 )
 from fsm_ray.notes import Version
 from fsm_ray.routing import directory
+from fsm_ray.transfer import typed_json
 
+from . import test_transfer
 from .conftest import DEADLINE_S, RayCluster
-from .test_transfer import KEYS
+from .test_transfer import DATA, KEYS, Colour, Point
 
 COMMAND = str(Path(sys.executable).with_name("fsm-ray"))
 
@@ -131,6 +136,8 @@ def test_a_key_is_a_literal(text: str, key: Any) -> None:
         "NaN",
         "(" * 3_000,
         "1+2j",
+        "{1: 2}",
+        '{"$dataclass": [1]}',
     ],
 )
 def test_what_is_no_key_is_refused_and_what_is_accepted_told(text: str) -> None:
@@ -146,9 +153,15 @@ def test_data_keeps_its_types_and_runs_nothing(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(PickleNotAllowed):
         read_data('{"a": {"$pickle": "gASVAAA="}}')
     assert read_data(f'{{"a": {10**30}}}') == {"a": 10**30}
-    for text in ("[1]", "{", "[" * 3_000):
-        with pytest.raises(InvalidData):
+    for text in ("[1]", "{", "[" * 3_000, '{"a": {"$date": "x"}}', '{"a": {"$enum": ["none", "C", "A"]}}'):
+        with pytest.raises(InvalidData, match=r"is none|is no value here|is a JSON object"):
             read_data(text)
+
+
+@pytest.mark.parametrize("text", ["[]", "[-1]", "[1.0]", "7", "x", "[" * 3_000])
+def test_what_is_no_position_is_refused(text: str) -> None:
+    with pytest.raises(InvalidInput, match="is no position: --since takes"):
+        read_position(text)
 
 
 # Conversations
@@ -195,6 +208,92 @@ def test_set_without_merge_replaces_the_record_and_with_it_keeps_the_rest(
     assert merged.expires_at is not None
     assert moved == State(flow="order", state="done", data={"a": 1, "b": 3, "c": 4})
     assert storage.get_state(bot, key) == State(state="new")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("ttl_s", [100.0, math.inf])
+def test_a_merge_keeps_the_time_to_live_that_the_record_was_given(
+    run: Run, *, bot_name: str, storage: Storage, ttl_s: float
+) -> None:
+    storage.init(bot_name, ttl_s=7.0)
+    storage.set_state(bot_name, 1, State(state="a", data={"n": 1}), ttl_s=ttl_s)
+
+    def left_s() -> float:
+        state = storage.get_state(bot_name, 1)
+        assert state is not None
+        return math.inf if state.expires_at is None else state.expires_at.timestamp() - time.time()
+
+    for given in (("--data", '{"n": 2}'), ("--state", "b"), ("--flow", "f", "--data", '{"m": 3}')):
+        assert run("set", bot_name, "1", "--merge", *given)[0] == 0
+        assert left_s() > 50
+    assert storage.get_state(bot_name, 1) == State(flow="f", state="b", data={"n": 2, "m": 3})
+    assert run("set", bot_name, "1", "--merge", "--ttl", "1000")[0] == 0
+    assert 900 < left_s() <= 1_000
+    code, _, err = run("set", bot_name, "2", "--merge", "--ttl", "1000")
+    assert (code, err) == (1, f"{bot_name} has no record of 2\n")
+    assert run("set", bot_name, "1", "--ttl", "1000")[0] == cli.EXIT_USAGE
+
+
+@pytest.mark.ray
+def test_the_time_to_live_of_a_record_in_absolute_mode_goes_on_with_a_merge(
+    run: Run, bot_name: str, storage: Storage
+) -> None:
+    storage.init(bot_name, ttl_mode="absolute")
+    storage.set_state(bot_name, 1, State(state="a"), ttl_s=100.0)
+    first = storage.get_state(bot_name, 1)
+    run("set", bot_name, "1", "--merge", "--state", "b")
+    then = storage.get_state(bot_name, 1)
+
+    assert first is not None
+    assert first.expires_at is not None
+    assert then is not None
+    assert then.expires_at is not None
+    assert abs((then.expires_at - first.expires_at).total_seconds()) < 1
+
+
+@pytest.mark.ray
+def test_what_is_looked_at_needs_neither_classes_nor_pickles(
+    run: Run, *, bot_name: str, storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.init(bot_name)
+    position = json.dumps(list(storage.position(bot_name)))
+    keys = [Point(1, 2.0), Colour.RED, 10**5_000, (-100, Point(1, 2.0))]
+    for key in keys:
+        storage.set_state(bot_name, key, State(state="x", data=DATA | {"huge": 10**5_000}))
+    shown = [key_text(key) for key in keys]
+    forms = [(), ("--json",)]
+    commands = [("scan", bot_name), ("watch", bot_name, "--since", position, "--limit", "4")]
+    commands += [("get", bot_name, each) for each in shown]
+    before = [run(*command, *form)[:2] for command in commands for form in forms]
+    for name in ("Colour", "Point", "Place", "Model", "Odd"):
+        monkeypatch.delattr(test_transfer, name)
+
+    assert [run(*command, *form)[:2] for command in commands for form in forms] == before
+    assert {code for code, _ in before} == {0}
+    assert run("set", bot_name, shown[0], "--merge", "--data", '{"new": 1}')[0] == 0
+    for each in shown:
+        assert run("clear", bot_name, each, "--yes")[1] == f"Cleared {each} of {bot_name}\n"
+
+
+@pytest.fixture
+def of_a_newer_version(bot_name: str, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A bot of four conversations, two of which hold what this version does not know."""
+    storage.init(bot_name)
+    for number in range(3):
+        storage.set_state(bot_name, number, State(data={"x": Point(1, 2.0) if number == 1 else 0}))
+    storage.set_state(bot_name, Point(1, 2.0), State())
+    monkeypatch.delitem(typed_json._NESTED, wire.NAMED_TUPLE)
+    return bot_name
+
+
+@pytest.mark.ray
+def test_what_a_newer_version_wrote_is_left_out_of_a_scan_and_named(
+    run: Run, of_a_newer_version: str
+) -> None:
+    code, out, err = run("scan", of_a_newer_version)
+
+    assert (code, len(out.splitlines())) == (1, 2)
+    assert min(line.split(" is left out: ")[0] for line in err.splitlines()) == "1"
 
 
 @pytest.mark.ray
@@ -265,6 +364,33 @@ def test_on_a_terminal_it_is_asked(
 
     assert code == (0 if is_cleared else 1)
     assert (storage.get_state(bot, key) is None) == is_cleared
+
+
+@pytest.mark.ray
+def test_what_is_asked_is_no_longer_than_a_question(
+    run: Run, *, bot: str, storage: Storage, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.set_state(bot, key, State(data={"x": "y" * 100_000}))
+    for stdin in (io.StringIO(), Terminal("n\n")):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        code, out, err = run("clear", bot, repr(key))
+        assert (code, len(out + err) < 500) == (1 if stdin.isatty() else cli.EXIT_USAGE, True)
+
+
+class InterruptedTerminal(Terminal):
+    def readline(self, *_: object) -> Any:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.ray
+def test_ctrl_c_at_a_question_ends_with_130_and_changes_nothing(
+    run: Run, *, bot: str, storage: Storage, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.set_state(bot, key, State(state="x"))
+    monkeypatch.setattr(sys, "stdin", InterruptedTerminal())
+
+    assert run("clear", bot, repr(key))[0] == cli.EXIT_INTERRUPTED
+    assert storage.get_state(bot, key) == State(state="x")
 
 
 @pytest.mark.ray
@@ -515,6 +641,8 @@ def test_importers_tell_of_a_source_that_cannot_be_read(run: Run, bot: str, tmp_
         code, _, err = run("import-from", kind, nowhere, bot, "--bot-id", "1")
         assert (code, "s3cret" in err) == (cli.EXIT_UNAVAILABLE, False)
         assert err.count("\n") == 1
+        code, _, err = run("import-from", kind, "http://me:s3cret@h", bot, "--bot-id", "1")
+        assert (code, err.count("\n"), "s3cret" in err) == (cli.EXIT_USAGE, 1, False)
 
 
 # Ray

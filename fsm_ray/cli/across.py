@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -19,7 +20,7 @@ from fsm_ray.cli.shared import (
     tell,
     until_nobody_reads,
 )
-from fsm_ray.errors import ChangesMissed, ScanInterrupted, ValueNotDecodable
+from fsm_ray.errors import ChangesMissed, FsmRayError, ScanInterrupted, ValueNotDecodable
 
 if TYPE_CHECKING:
     from fsm_ray.across import Change, Conversation
@@ -71,29 +72,30 @@ def scan(
 ) -> None:
     """Print a bot's conversations, a line each; bots may work meanwhile.
 
-    Their order depends on their keys alone, so a scan goes on with --after. A conversation that cannot be
-    decoded here, for want of a class, is told on stderr and left out, and the exit code is 1 then: run the
-    command where the bot's classes can be imported (PYTHONPATH).
+    Their order depends on their keys alone, so a scan goes on with --after. None of the bot's classes is
+    needed. A conversation that a newer fsm_ray wrote in a way that is unknown here is told on stderr and left
+    out, and the exit code is 1 then.
     """
     from fsm_ray.cli.texts import read_key
+    from fsm_ray.transfer.encoded import EncodedStorage
 
     position = None if after is None else read_key(after)
     left, left_out = limit, 0
-    with attached(address) as storage, until_nobody_reads():
+    with attached(address) as storage, EncodedStorage.of(storage) as encoded, until_nobody_reads():
         while True:
             try:
-                for each in storage.scan(bot_name, flow=flow, state=state, after=position, limit=left):
-                    sys.stdout.write(f"{_conversation(each, as_json=as_json)}\n")
+                for each in encoded.scan(bot_name, flow=flow, state=state, after=position, limit=left):
                     position, left = each.key, None if left is None else left - 1
+                    left_out += not _print(each, as_json=as_json)
                 break
             except ScanInterrupted:
                 continue
             except ValueNotDecodable as error:
                 if error.key is None:
                     raise
-                left_out += 1
                 position = error.key
-                tell(f"{error.key!r} is left out: {error}")
+                left_out += 1
+                _tell_left_out(position, error)
     if left_out:
         raise typer.Exit(EXIT_FAILED)
 
@@ -117,17 +119,22 @@ def watch(
     change has its own.
     """
     from fsm_ray.cli.texts import read_position
+    from fsm_ray.transfer.encoded import AsyncEncodedStorage
 
     start = None if since is None else read_position(since)
 
     async def follow(storage: AsyncStorage) -> None:
+        async with AsyncEncodedStorage.of(storage) as encoded:
+            await follow_encoded(encoded)
+
+    async def follow_encoded(storage: AsyncEncodedStorage) -> None:
         position, left = start or await storage.position(bot_name), limit
         try:
             if left == 0:
                 return
             async for change in storage.watch(bot_name, flow=flow, state=state, since=position):
-                typer.echo(_change(change, as_json=as_json))
                 position, left = change.position, None if left is None else left - 1
+                typer.echo(_change(change, as_json=as_json))
                 if left == 0:
                     return
         except (ChangesMissed, ValueNotDecodable) as error:
@@ -138,6 +145,22 @@ def watch(
 
     with until_nobody_reads():
         run_attached(address, follow)
+
+
+def _print(each: Conversation, *, as_json: bool) -> bool:
+    """Whether the conversation was printed, and not left out."""
+    try:
+        sys.stdout.write(f"{_conversation(each, as_json=as_json)}\n")
+    except ValueNotDecodable as error:
+        _tell_left_out(each.key, error)
+        return False
+    return True
+
+
+def _tell_left_out(key: Hashable, error: FsmRayError) -> None:
+    from fsm_ray.cli.texts import printable
+
+    tell(printable(f"{key!r} is left out: {error}"))
 
 
 def _conversation(each: Conversation, *, as_json: bool) -> str:

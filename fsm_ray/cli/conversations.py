@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, NamedTuple, NoReturn
 
 import typer
 
@@ -13,7 +13,8 @@ from fsm_ray.cli.shared import Address, AsJson, BotName, Yes, attached, confirm,
 from fsm_ray.errors import VersionConflict
 
 if TYPE_CHECKING:
-    from fsm_ray.storage import Storage
+    from fsm_ray.state import State
+    from fsm_ray.transfer.encoded import EncodedStorage
 
 Key = Annotated[
     str,
@@ -31,6 +32,19 @@ ExpectedVersion = Annotated[
 _MERGE_S = 10.0
 """How long a merge is tried, while others write the same conversation."""
 
+_ASKED_ABOUT = 200
+"""Characters of a conversation that are shown before it is cleared."""
+
+
+class _Given(NamedTuple):
+    """What is to be written."""
+
+    flow: str | None
+    state: str | None
+    data: dict[str, object]
+    expected_version: int | None
+    ttl_s: float | None
+
 
 def get(bot_name: BotName, key: Key, *, address: Address = None, as_json: AsJson = False) -> None:
     """Print a conversation: flow, state, data, version and expiry.
@@ -38,16 +52,16 @@ def get(bot_name: BotName, key: Key, *, address: Address = None, as_json: AsJson
     Without a record, this ends with exit code 1.
     """
     from fsm_ray.cli.texts import key_text, printable, read_key, state_json, to_line
+    from fsm_ray.transfer.encoded import EncodedStorage
     from fsm_ray.transfer.typed_json import key_to_json
 
     found_key = read_key(key)
-    with attached(address) as storage:
-        state = storage.get_state(bot_name, found_key)
+    with attached(address) as storage, EncodedStorage.of(storage) as encoded:
+        state = encoded.get_state(bot_name, found_key)
     if state is None:
         if as_json:
             typer.echo("null")
-        tell(f"{bot_name} has no record of {key_text(found_key)}")
-        raise typer.Exit(EXIT_FAILED)
+        _fail_without_record(bot_name, found_key)
     told = state_json(state)
     if as_json:
         typer.echo(to_line({"key": key_to_json(found_key), **told}))
@@ -80,32 +94,26 @@ def set_(
 ) -> None:
     """Write a conversation: replace its whole record, or, with --merge, what is given of it.
 
-    Values in the data keep their types as in exports: `{"$tuple": [1, 2]}`, `{"$datetime": ...}`. A bot's
-    workers may hold the conversation in a turn at that moment; theirs is refused then, and tried again.
+    Values in the data keep their types as in exports: `{"$tuple": [1, 2]}`, `{"$datetime": ...}`. With
+    --merge, a time to live that the record was given stays, unless --ttl gives another. A bot's workers may
+    hold the conversation in a turn at that moment; theirs is refused then, and tried again.
     """
-    from fsm_ray.cli.texts import front_text, key_text, read_data, read_key, to_line
-    from fsm_ray.state import State
+    from fsm_ray.cli.texts import counted, front_text, key_text, read_data, read_key, to_line
+    from fsm_ray.transfer.encoded import EncodedStorage
     from fsm_ray.transfer.typed_json import key_to_json
 
-    if flow is state is data is None:
+    if flow is state is data is None and not (merge and ttl is not None):
         raise typer.BadParameter("say what to write", param_hint="--flow, --state or --data")
     found_key = read_key(key)
-    fields = {} if data is None else read_data(data)
-    given: dict[str, Any] = {"expected_version": expected_version, "ttl_s": ttl}
-    with attached(address) as storage:
-        if merge:
-            written = _merge(storage, bot_name, found_key, (flow, state, fields), given)
-        else:
-            written = State(flow=flow, state=state, data=fields)
-            written.version = storage.set_state(bot_name, found_key, written, **given)
+    given = _Given(flow, state, {} if data is None else read_data(data), expected_version, ttl)
+    with attached(address) as storage, EncodedStorage.of(storage) as encoded:
+        written = (_merge if merge else _replace)(encoded, bot_name, found_key, given)
     front = front_text(written.flow, written.state)
     if as_json:
         typer.echo(to_line({"key": key_to_json(found_key), "version": written.version}))
     else:
-        fields_told = f"{len(written.data):,} field{'' if len(written.data) == 1 else 's'} of data"
-        typer.echo(
-            f"{bot_name} {key_text(found_key)} is in {front} with {fields_told}, version {written.version}"
-        )
+        fields = f"{counted(len(written.data), 'field')} of data"
+        typer.echo(f"{bot_name} {key_text(found_key)} is in {front} with {fields}, version {written.version}")
 
 
 def clear(
@@ -119,14 +127,17 @@ def clear(
 ) -> None:
     """Remove a conversation's record: flow, state and data. Where there is none, nothing happens."""
     from fsm_ray.cli.texts import conversation_line, key_text, read_key, to_line
+    from fsm_ray.transfer.encoded import EncodedStorage
     from fsm_ray.transfer.typed_json import key_to_json
 
     found_key = read_key(key)
-    with attached(address) as storage:
+    with attached(address) as storage, EncodedStorage.of(storage) as encoded:
         if not yes:
-            state = storage.get_state(bot_name, found_key)
+            state = encoded.get_state(bot_name, found_key)
             if state is not None:
-                confirm(f"Clear {conversation_line(found_key, state)}?", yes=yes)
+                line = conversation_line(found_key, state)
+                told = f"{line[:_ASKED_ABOUT]}..." if len(line) > _ASKED_ABOUT else line
+                confirm(f"Clear {told}?", yes=yes)
         was_there = storage.clear(bot_name, found_key, expected_version=expected_version)
     if as_json:
         typer.echo(to_line({"key": key_to_json(found_key), "cleared": was_there}))
@@ -136,40 +147,65 @@ def clear(
         typer.echo(f"{bot_name} has no record of {key_text(found_key)}: nothing to clear")
 
 
-def _merge(
-    storage: Storage,
-    bot_name: str,
-    key: Hashable,
-    given: tuple[str | None, str | None, dict[str, Any]],
-    conditions: dict[str, Any],
-) -> Any:
+def _fail_without_record(bot_name: str, key: Hashable) -> NoReturn:
+    from fsm_ray.cli.texts import key_text
+
+    tell(f"{bot_name} has no record of {key_text(key)}")
+    raise typer.Exit(EXIT_FAILED)
+
+
+def _replace(storage: EncodedStorage, bot_name: str, key: Hashable, given: _Given) -> State:
+    """Write the whole record, and return what it is then."""
+    from fsm_ray.state import State
+
+    written = State(flow=given.flow, state=given.state, data=given.data)
+    written.version = storage.set_state(
+        bot_name, key, written, expected_version=given.expected_version, ttl_s=given.ttl_s
+    )
+    return written
+
+
+def _merge(storage: EncodedStorage, bot_name: str, key: Hashable, given: _Given) -> State:
     """Write what is given into the record that is there, and return what it is then.
 
     Raises:
         VersionConflict: others wrote it again and again, or the version is not the one that was expected.
     """
-    from fsm_ray.state import State
-
-    flow, state, fields = given
     deadline = time.monotonic() + _MERGE_S
     while True:
-        found = storage.get_state(bot_name, key) or State(version=0)
-        merged = State(
-            flow=found.flow if flow is None else flow,
-            state=found.state if state is None else state,
-            data=found.data | fields,
-        )
-        expected = conditions["expected_version"]
         try:
-            merged.version = storage.set_state(
-                bot_name,
-                key,
-                merged,
-                expected_version=found.version if expected is None else expected,
-                ttl_s=conditions["ttl_s"],
-            )
+            return _merge_once(storage, bot_name, key, given)
         except VersionConflict:
-            if expected is not None or time.monotonic() > deadline:
+            if given.expected_version is not None or time.monotonic() > deadline:
                 raise
-        else:
-            return merged
+
+
+def _merge_once(storage: EncodedStorage, bot_name: str, key: Hashable, given: _Given) -> State:
+    """As `_merge`, over the record as it is read first. What is stored in it is not looked into."""
+    from fsm_ray.protocol import state_of
+    from fsm_ray.state import State
+
+    record = storage.read_record(bot_name, key)
+    if record is None and given.flow is given.state is None and not given.data:
+        _fail_without_record(bot_name, key)
+    found = State(version=0) if record is None else state_of(record)
+    merged = State(
+        flow=found.flow if given.flow is None else given.flow,
+        state=found.state if given.state is None else given.state,
+        data=found.data | given.data,
+    )
+    ttl_s = given.ttl_s
+    expected = found.version if given.expected_version is None else given.expected_version
+    with storage.transaction(bot_name) as transaction:
+        if (merged.flow, merged.state) != (found.flow, found.state):
+            if ttl_s is None and record is not None:
+                # To enter a state ends a time to live that was given in another.
+                ttl_s = storage.kept_ttl_s(bot_name, record)
+            transaction.enter_state(
+                key, merged.state, flow=merged.flow, expected_version=expected, ttl_s=ttl_s
+            )
+            expected = None
+        if given.data or expected is not None:
+            transaction.update_data(key, given.data, expected_version=expected, ttl_s=given.ttl_s)
+    merged.version = transaction.version
+    return merged

@@ -91,7 +91,12 @@ def confirm(what: str, *, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise InvalidInput(f"{what} Nobody can be asked here: say --yes")
-    typer.confirm(what, abort=True, err=True)
+    try:
+        typer.confirm(what, abort=True, err=True)
+    except typer.Abort as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error  # ends as Ctrl-C does anywhere else
+        raise
 
 
 @contextmanager
@@ -101,9 +106,13 @@ def until_nobody_reads() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        # What is left in the buffer is flushed at the interpreter's end, and would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave_stdout()
         raise typer.Exit from None
+
+
+def leave_stdout() -> None:
+    """Let what is left in its buffer go nowhere: flushed at the interpreter's end, it would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def tell(what: str) -> None:

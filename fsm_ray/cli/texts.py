@@ -12,10 +12,17 @@ import sys
 from collections.abc import Hashable
 from typing import Any
 
-from fsm_ray.codec import encode_key
-from fsm_ray.errors import FsmRayError, InvalidData, InvalidInput, InvalidKey
+from fsm_ray.codec import check_key, encode_key
+from fsm_ray.errors import (
+    FsmRayError,
+    InvalidData,
+    InvalidInput,
+    InvalidKey,
+    PickleNotAllowed,
+    ValueNotDecodable,
+)
 from fsm_ray.state import State
-from fsm_ray.transfer.typed_json import data_from_json, data_to_json, key_from_json, key_to_json
+from fsm_ray.transfer.typed_json import data_from_json, encoded_to_json, key_from_json, key_to_json
 
 ACCEPTED = (
     "a key is written as a literal of Python or JSON: 42, '\"abc\"' (with its quotes), '(-100, 42)' or "
@@ -61,7 +68,11 @@ def read_data(text: str) -> dict[str, Any]:
         text = sys.stdin.read()
     try:
         return data_from_json(json.loads(text), allow_pickle=False)
-    except (ValueError, RecursionError, OverflowError) as error:
+    except PickleNotAllowed as error:
+        raise PickleNotAllowed("data that is given here holds no pickles: write plain values") from error
+    except ValueNotDecodable as error:
+        raise InvalidData(f"the data that is given holds what is no value here: {error}") from error
+    except (ValueError, RecursionError) as error:
         raise InvalidData(
             f'data is written as a JSON object, as {{"name": "Ada"}}; {_shortened(text)} is none: {error}'
         ) from error
@@ -75,10 +86,10 @@ def read_position(text: str) -> tuple[int, ...]:
     """
     try:
         position = json.loads(text)
-        if isinstance(position, list) and all(type(version) is int for version in position):
-            return tuple(position)
     except (ValueError, RecursionError):
-        pass
+        position = None
+    if isinstance(position, list) and position and all(type(each) is int and each >= 0 for each in position):
+        return tuple(position)
     raise InvalidInput(f"{_shortened(text)} is no position: --since takes what `watch` told, as '[17, 4]'")
 
 
@@ -89,12 +100,12 @@ def key_text(key: Hashable) -> str:
     >>> key_text((-100, 42)), key_text("abc"), key_text(uuid.UUID(int=1))
     ('(-100, 42)', "'abc'", '{"$uuid": "00000000-0000-0000-0000-000000000001"}')
     """
-    shown = repr(key)
     try:
+        shown = repr(key)
         if shown.isprintable() and encode_key(read_key(shown)) == encode_key(key):
             return shown
-    except InvalidKey:
-        pass
+    except (InvalidKey, ValueError):
+        pass  # it is more than a literal, or an int of more digits than Python tells
     return to_line(key_to_json(key))
 
 
@@ -108,20 +119,20 @@ def front_text(flow: str | None, state: str | None) -> str:
 
 
 def state_json(state: State) -> dict[str, Any]:
-    """A conversation as JSON tells it, but for its key."""
+    """A conversation, as an `EncodedStorage` reads it, as JSON tells it, but for its key."""
     return {
         "flow": state.flow,
         "state": state.state,
-        "data": data_to_json(state.data),
+        "data": encoded_to_json(state.data),
         "version": state.version,
         "expires_at": None if state.expires_at is None else state.expires_at.isoformat(),
     }
 
 
 def conversation_line(key: Hashable, state: State) -> str:
-    """A conversation in one line, for people."""
+    """A conversation, as an `EncodedStorage` reads it, in one line, for people."""
     expires = "" if state.expires_at is None else f"  until {state.expires_at:%Y-%m-%d %H:%M:%S}Z"
-    data = to_line(data_to_json(state.data))
+    data = to_line(encoded_to_json(state.data))
     return f"{key_text(key)}  {front_text(state.flow, state.state)}  v{state.version}{expires}  {data}"
 
 
@@ -132,6 +143,15 @@ def to_line(value: Any, *, indent: int | None = None) -> str:
     {"name": "Zoë \u009b2J"}
     """
     return printable(json.dumps(value, ensure_ascii=False, indent=indent), keep="\n" if indent else "")
+
+
+def counted(number: int, noun: str) -> str:
+    """The number, and the noun in the form that goes with it.
+
+    >>> counted(1, "conversation"), counted(1_000, "conversation")
+    ('1 conversation', '1,000 conversations')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -151,11 +171,23 @@ def _literal(text: str) -> Any:
 def _key_of(part: Any) -> Hashable:
     if isinstance(part, list | tuple):
         return tuple(_key_of(each) for each in part)
-    if isinstance(part, dict):
-        return key_from_json(part)
+    if isinstance(part, dict) and all(isinstance(name, str) for name in part):
+        return _typed_part(part)
     if type(part) in _PLAIN:
         return part  # type: ignore[no-any-return]
     raise InvalidKey(f"{_shortened(repr(part))} is no part of a key")
+
+
+def _typed_part(part: dict[str, Any]) -> Hashable:
+    """The part; one of a class that cannot be imported here is as good as it is encoded."""
+    try:
+        return key_from_json(part)
+    except ValueNotDecodable as error:
+        if error.key is None:
+            raise
+        check_key(encode_key(error.key))
+        key: Hashable = error.key
+        return key
 
 
 def _shortened(text: str) -> str:

@@ -83,7 +83,9 @@ def add_key(path: Path, key_id: str) -> None:
     text = _from_file(path)
     before = _parsed(text, where)
     if _checked_id(key_id) in before.keys:
-        raise EncryptionKeysUnusable(f"{path} has a key {key_id!r} already: give the new one another id")
+        raise EncryptionKeysUnusable(
+            f"{path} has a key {key_id!r} already: give the new one another id (--id)"
+        )
     file = msgspec.json.decode(text, type=_File)
     _write(path, _File(key_id, {**file.keys, key_id: _new_key()}, file.accept_plain), is_new=False)
 
