@@ -24,7 +24,7 @@ import ray
 from ray._private import services
 
 import fsm_ray
-from fsm_ray import State, Storage, cli
+from fsm_ray import AsyncStorage, State, Storage, cli
 from fsm_ray.cli import doctor
 from fsm_ray.cli.texts import key_text, read_data, read_key, read_position
 from fsm_ray.codec import wire
@@ -620,15 +620,143 @@ def test_an_export_is_imported_once_and_what_is_refused_fails(
     assert storage.get_state(bot_name, key) == State(flow="f", data={"pair": (1, 2)})
     total = storage.count(bot_name)
     assert json.loads(out) == {"written": total, "skipped": 0, "refused": []}
-    assert again[1] == (
-        f"Imported 0 conversations into {bot_name}; {total} were there already, or have ended\n"
-    )
+    assert again[1].startswith(f"Imported 0 conversations into {bot_name}; {total} w")
+    assert again[1].endswith(" there already, or ended\n")
 
     path.write_text(path.read_text().splitlines()[0] + "\n{}\n")
     code, _, err = run("import", bot_name, str(path))
     assert (code, "left out line 2: " in err, "left out the end: " in err) == (1, True, True)
     assert run("import", bot_name, str(tmp_path / "none"))[0] == cli.EXIT_USAGE
     assert run("import", bot_name, __file__)[0] == cli.EXIT_USAGE
+
+
+@pytest.fixture
+def one_conversation(bot_name: str, storage: Storage) -> str:
+    """A bot of one conversation."""
+    storage.init(bot_name)
+    storage.set_state(bot_name, 1, State(state="x"))
+    return bot_name
+
+
+@pytest.mark.ray
+def test_an_export_replaces_what_a_link_leads_to_with_its_mode_and_leaves_other_files_alone(
+    run: Run, one_conversation: str, tmp_path: Path
+) -> None:
+    target, link, other = tmp_path / "target", tmp_path / "link", tmp_path / "link.part"
+    target.write_text("old")
+    target.chmod(0o640)
+    link.symlink_to(target)
+    other.write_text("mine")
+    new = tmp_path / ("n" * 252)
+    told = run("export", one_conversation, str(link), "--yes")
+    run("export", one_conversation, str(new))
+
+    assert told == (0, "", f"Exported 1 conversation of {one_conversation}\n")
+    assert (link.is_symlink(), target.stat().st_mode & 0o777) == (True, 0o640)
+    assert target.read_text() == new.read_text() != "old"
+    assert new.stat().st_mode & 0o777 == 0o600
+    assert other.read_text() == "mine"
+    assert {*tmp_path.iterdir()} == {target, link, other, new}
+
+
+@pytest.mark.ray
+def test_an_export_that_is_not_whole_replaces_nothing_and_says_where_it_is(
+    run: Run, of_a_newer_version: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "export"
+    path.write_text("mine")
+    code, _, err = run("export", of_a_newer_version, str(path), "--yes")
+    [part] = [each for each in tmp_path.iterdir() if each != path]
+
+    assert (code, path.read_text()) == (1, "mine")
+    assert f"{path} was left as it was; what could be exported is in {part}" in err
+    assert len(part.read_text().splitlines()) == 4
+
+
+@pytest.mark.ray
+def test_an_export_goes_into_what_is_no_regular_file(run: Run, one_conversation: str, tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = subprocess.Popen(["cat", str(fifo)], stdout=subprocess.PIPE, text=True)
+    code, _, _ = run("export", one_conversation, str(fifo))
+    out, _ = reader.communicate(timeout=DEADLINE_S)
+
+    assert (code, len(out.splitlines())) == (0, 3)
+    assert fifo.is_fifo()
+
+
+@pytest.mark.ray
+def test_where_no_file_can_be_one_line_tells(run: Run, one_conversation: str, tmp_path: Path) -> None:
+    for path in (tmp_path / ("n" * 300), tmp_path, tmp_path / "none" / "export"):
+        code, _, err = run("export", one_conversation, str(path), "--yes")
+        assert (code, err.count("\n")) == (cli.EXIT_USAGE, 1)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_an_export_whose_reader_goes_away_says_that_it_is_cut_off(
+    cluster: RayCluster, one_conversation: str, storage: Storage
+) -> None:
+    storage.set_many(one_conversation, {number: State(data={"x": "y" * 500}) for number in range(1_000)})
+    export = subprocess.Popen(
+        [COMMAND, "export", one_conversation, "--address", cluster.address],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert export.stdout is not None
+    export.stdout.readline()
+    export.stdout.close()
+    export.wait(DEADLINE_S)
+    assert export.stderr is not None
+    told = export.stderr.read()
+    export.stderr.close()
+
+    assert (export.returncode, told) == (1, "fsm-ray: nobody reads the export any more: it is cut off\n")
+
+
+@pytest.mark.ray
+def test_an_import_that_is_interrupted_says_how_far_it_was(
+    run: Run, bot_name: str, storage: Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    storage.init(bot_name)
+    path = tmp_path / "export"
+    lines = ['{"fsm_ray_export":1,"bot":"b"}', *(f'{{"key":{number}}}' for number in range(600))]
+    path.write_text("\n".join([*lines, '{"conversations":600}\n']))
+    set_state = AsyncStorage.set_state
+
+    async def interrupted(self: AsyncStorage, bot_name: str, key: Any, *args: Any, **given: Any) -> int:
+        if key == 400:
+            raise NamespaceUnavailable("it is gone")
+        return await set_state(self, bot_name, key, *args, **given)
+
+    monkeypatch.setattr(AsyncStorage, "set_state", interrupted)
+    code, _, err = run("import", bot_name, str(path))
+
+    assert code == cli.EXIT_UNAVAILABLE
+    assert err == "Gone through 256 conversations: run it again to go on\nfsm-ray: it is gone\n"
+
+
+@pytest.mark.ray
+def test_what_an_import_refuses_is_told_without_commands_for_the_terminal(
+    run: Run, one_conversation: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "export"
+    pickled = '{"key":1,"data":{"x":{"$pickle":"gA=="}}}'
+    odd = '{"key":2,"\\u001b[2J\\u0007":1}'
+    path.write_text(f'{{"fsm_ray_export":1,"bot":"b"}}\n{pickled}\n{odd}\n{{"conversations":2}}\n')
+    code, _, err = run("import", one_conversation, str(path))
+
+    assert (code, err.replace("\n", "").isprintable()) == (1, True)
+    assert "left out line 2: it holds a pickled value: allow_pickle=True (--allow-pickle) accepts it" in err
+    assert "left out line 3: " in err
+
+
+@pytest.mark.ray
+def test_an_importer_without_the_bots_id_names_its_option(run: Run, bot: str) -> None:
+    code, _, err = run("import-from", "aiogram-redis", "redis://127.0.0.1:1", bot)
+
+    assert (code, "--bot-id" in err) == (cli.EXIT_USAGE, True)
 
 
 @pytest.mark.ray

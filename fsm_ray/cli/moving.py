@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NoReturn
 
 import typer
 
 from fsm_ray.cli.exits import EPILOG, EXIT_FAILED, EXIT_UNAVAILABLE, EXIT_USAGE
-from fsm_ray.cli.shared import Address, AsJson, BotName, Overwrite, Yes, confirm, run_attached, tell
+from fsm_ray.cli.shared import (
+    Address,
+    AsJson,
+    BotName,
+    Overwrite,
+    Yes,
+    confirm,
+    leave_stdout,
+    run_attached,
+    tell,
+)
 
 if TYPE_CHECKING:
     from fsm_ray.storage import AsyncStorage
@@ -43,18 +56,21 @@ def export(
 ) -> None:
     """Write a bot's conversations to a file as JSON lines, with their types; bots may work meanwhile.
 
-    A file that is there is replaced only when the export is whole. Fails if a conversation had to be left
-    out because it cannot be decoded here.
+    A file that is there is replaced only when the export is whole; a new one is for its owner alone to read.
+    None of the bot's classes is needed. Fails if a conversation had to be left out: it holds a pickle that
+    the bot's options do not allow, or what a newer fsm_ray wrote in a way that is unknown here.
     """
+    from fsm_ray.cli.texts import counted
     from fsm_ray.transfer import export as write_lines
 
-    if file != "-" and Path(file).exists():
-        confirm(f"Replace {file}?", yes=yes)
-    with _written(file) as stream:
-        report = _move(
+    def work(stream: BinaryIO) -> Report:
+        return _move(
             "Exporting", address, lambda storage, tell: write_lines(storage, bot_name, stream, progress=tell)
         )
-    _finish(report, f"Exported {report.written:,} conversations of {bot_name}", as_json=as_json, err=True)
+
+    report = _write(file, work, yes=yes)
+    told = f"Exported {counted(report.written, 'conversation')} of {bot_name}"
+    _finish(report, told, as_json=as_json, err=True)
 
 
 def import_(
@@ -73,13 +89,13 @@ def import_(
 ) -> None:
     """Bring an export into a bot, which its `init` must have made.
 
-    Conversations that are there already are left alone, so an import that was interrupted is begun again.
+    Conversations that are there already are left alone, so an import that was interrupted is begun again. The
+    classes of what is imported must be importable here (PYTHONPATH).
     """
     from fsm_ray.transfer import import_ as read_lines
 
     with _opened(file) as stream:
-        report = _move(
-            "Importing",
+        report = _import(
             address,
             lambda storage, tell: read_lines(
                 storage, bot_name, stream, overwrite=overwrite, allow_pickle=allow_pickle, progress=tell
@@ -109,6 +125,8 @@ def aiogram_redis(
     as_json: AsJson = False,
 ) -> None:
     """What aiogram's RedisStorage keeps; the options are those of its DefaultKeyBuilder."""
+    if bot_id is None and not with_bot_id:
+        raise typer.BadParameter("the keys do not tell it: give the bot's id", param_hint="--bot-id")
     with _source_errors(source):
         from fsm_ray.transfer.aiogram import DefaultKeyBuilder, import_aiogram_redis
 
@@ -119,8 +137,7 @@ def aiogram_redis(
             with_business_connection_id=with_business_connection_id,
             with_destiny=with_destiny,
         )
-        report = _move(
-            "Importing",
+        report = _import(
             address,
             lambda storage, tell: import_aiogram_redis(
                 source,
@@ -157,8 +174,7 @@ def telebot_redis(
         from fsm_ray.transfer.telebot import import_telebot_redis
 
         options: dict[str, Any] = {"bot_id": bot_id, "prefix": prefix, "separator": separator}
-        report = _move(
-            "Importing",
+        report = _import(
             address,
             lambda storage, tell: import_telebot_redis(
                 source, storage, bot_name, overwrite=overwrite, progress=tell, **options
@@ -184,8 +200,7 @@ def telebot_pickle(
         from fsm_ray.transfer.telebot import import_telebot_pickle
 
         options: dict[str, Any] = {"bot_id": bot_id, "prefix": prefix, "separator": separator}
-        report = _move(
-            "Importing",
+        report = _import(
             address,
             lambda storage, tell: import_telebot_pickle(
                 source, storage, bot_name, overwrite=overwrite, progress=tell, **options
@@ -207,8 +222,7 @@ def telegram_pickle(
     with _source_errors(str(source)):
         from fsm_ray.transfer.telegram import import_telegram_pickle
 
-        report = _move(
-            "Importing",
+        report = _import(
             address,
             lambda storage, tell: import_telegram_pickle(
                 source, storage, bot_name, overwrite=overwrite, progress=tell
@@ -230,16 +244,42 @@ def _move(
     return run_attached(address, move)
 
 
+def _import(address: str | None, work: Callable[[AsyncStorage, Progress], Awaitable[Report]]) -> Report:
+    """As `_move`; one that does not come to its end says how far it was."""
+    from fsm_ray.cli.texts import counted
+
+    reached = 0
+
+    async def counting(storage: AsyncStorage, progress: Progress) -> Report:
+        def note(done: int, total: int | None) -> None:
+            nonlocal reached
+            reached = done
+            progress(done, total)
+
+        return await work(storage, note)
+
+    try:
+        return _move("Importing", address, counting)
+    except BaseException as error:
+        if reached or isinstance(error, KeyboardInterrupt):
+            tell(f"Gone through {counted(reached, 'conversation')}: run it again to go on")
+        raise
+
+
 def _finish_import(report: Report, bot_name: str, *, as_json: bool) -> None:
-    skipped = f"; {report.skipped:,} were there already, or have ended" if report.skipped else ""
-    _finish(report, f"Imported {report.written:,} conversations into {bot_name}{skipped}", as_json=as_json)
+    from fsm_ray.cli.texts import counted
+
+    told = f"Imported {counted(report.written, 'conversation')} into {bot_name}"
+    if report.skipped:
+        told += f"; {report.skipped:,} {'was' if report.skipped == 1 else 'were'} there already, or ended"
+    _finish(report, told, as_json=as_json)
 
 
 def _finish(report: Report, told: str, *, as_json: bool, err: bool = False) -> None:
     """Tell what became of the conversations; fail if some were left out."""
-    if as_json:
-        from fsm_ray.cli.texts import to_line
+    from fsm_ray.cli.texts import printable, to_line
 
+    if as_json:
         refused = [{"source": each.source, "reason": each.reason} for each in report.refused]
         typer.echo(
             to_line({"written": report.written, "skipped": report.skipped, "refused": refused}), err=err
@@ -247,33 +287,66 @@ def _finish(report: Report, told: str, *, as_json: bool, err: bool = False) -> N
     else:
         typer.echo(told, err=err)
         for each in report.refused[:_SHOWN_REFUSALS]:
-            tell(f"left out {each.source}: {each.reason}")
+            tell(printable(f"left out {each.source}: {each.reason}"))
         if len(report.refused) > _SHOWN_REFUSALS:
             tell(f"and {len(report.refused) - _SHOWN_REFUSALS:,} more; --json tells all")
     if report.refused:
         raise typer.Exit(EXIT_FAILED)
 
 
-@contextmanager
-def _written(file: str) -> Iterator[BinaryIO]:
-    """The file to write; what it held before stays until the block has ended well."""
-    if file == "-":
-        yield sys.stdout.buffer
-        return
-    import os
-
-    path = Path(file)
-    part = path.with_name(f"{path.name}.part")
+def _write(file: str, work: Callable[[BinaryIO], Report], *, yes: bool) -> Report:
+    """Let the work write to the file; what a regular one held before stays until the work has ended well."""
     try:
-        with part.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(path)
+        if file == "-":
+            return _write_to(sys.stdout.buffer, work)
+        found = _status(file)
+        if found is not None and not stat.S_ISREG(found.st_mode):
+            with Path(file).open("wb") as stream:  # a device or a pipe, say
+                return _write_to(stream, work)
+        if found is not None:
+            confirm(f"Replace {file}?", yes=yes)
+        # The file that a symbolic link leads to is replaced, and not the link.
+        return _replace(Path(file).resolve(), found, work)
+    except BrokenPipeError:
+        leave_stdout()
+        _fail("nobody reads the export any more: it is cut off", EXIT_FAILED)
     except OSError as error:
-        _fail(f"{file}: {error.strerror}", EXIT_USAGE)
-    finally:
+        _fail(f"{file}: {error.strerror or error}", EXIT_USAGE)
+
+
+def _write_to(stream: BinaryIO, work: Callable[[BinaryIO], Report]) -> Report:
+    report = work(stream)
+    stream.flush()
+    return report
+
+
+def _status(file: str) -> os.stat_result | None:
+    try:
+        return Path(file).stat()
+    except FileNotFoundError:
+        return None
+
+
+def _replace(path: Path, found: os.stat_result | None, work: Callable[[BinaryIO], Report]) -> Report:
+    """Put what the work writes in the file's place, with its mode and owner; if not whole, only a new one."""
+    number, name = tempfile.mkstemp(prefix="fsm-ray-export-", suffix=".part", dir=path.parent)
+    part = Path(name)
+    try:
+        with os.fdopen(number, "wb") as stream:
+            if found is not None:
+                with suppress(PermissionError):
+                    os.chown(part, found.st_uid, found.st_gid)
+                part.chmod(stat.S_IMODE(found.st_mode))
+            report = _write_to(stream, work)
+            os.fsync(stream.fileno())
+        if found is not None and report.refused:
+            tell(f"{path} was left as it was; what could be exported is in {part}")
+        else:
+            part.replace(path)
+    except BaseException:
         part.unlink(missing_ok=True)
+        raise
+    return report
 
 
 @contextmanager
@@ -304,6 +377,8 @@ def _source_errors(source: str) -> Iterator[None]:
         _fail(f"the Redis at {redacted(source)}: {error}", EXIT_UNAVAILABLE)
 
 
-def _fail(what: str, code: int) -> Any:
-    tell(f"fsm-ray: {' '.join(what.split())}")
+def _fail(what: str, code: int) -> NoReturn:
+    from fsm_ray.cli.texts import printable
+
+    tell(printable(f"fsm-ray: {' '.join(what.split())}"))
     raise typer.Exit(code)
