@@ -287,7 +287,20 @@ def rotate_shards(bot_name: str, shards: int, timeout_s: float) -> list[ShardRot
     """See `ShardHost.rotate_keys`. Raises UnknownBot or NamespaceUnavailable, too."""
     asked = "rotate_keys"
     calls: list[Any] = [find_shard(bot_name, shard).perform.remote(asked) for shard in range(shards)]
-    return [call(each, bot_name, timeout_s) for each in calls]
+    # Every answer is fetched: Ray prints a traceback for each error that nobody asks for.
+    answers = [_answer(each, bot_name, timeout_s) for each in calls]
+    for answer in answers:
+        if isinstance(answer, FsmRayError):
+            raise answer
+    return answers
+
+
+def _answer(reference: Any, bot_name: str, timeout_s: float) -> Any:
+    """What the actor's method returned, or the error that `call` raises."""
+    try:
+        return call(reference, bot_name, timeout_s)
+    except FsmRayError as error:
+        return error
 
 
 def kill_shards(bot_name: str, timeout_s: float) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,10 +12,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fsm_ray import State, Storage
-from fsm_ray.cli import app
+from fsm_ray.cli import EXIT_USAGE, app
 from fsm_ray.errors import EncryptionKeysUnusable
 from fsm_ray.stores.keyring import read_keyring
 from tests.conftest import DEADLINE_S, RayCluster
+
+COMMAND = str(Path(sys.executable).with_name("fsm-ray"))
 
 
 def run(*arguments: object) -> Result:
@@ -93,3 +97,21 @@ def test_rotate_keys_waits_until_all_is_encrypted_with_the_current_key(
     assert "All of" in run("rotate-keys", bot_name).stdout
     done = json.loads(run("rotate-keys", bot_name, "--json").stdout)
     assert done == {"bot": bot_name, "key_id": "second", "pending": 0, "is_done": True}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_bot_without_keys_is_told_in_a_line(cluster: RayCluster, bot_name: str) -> None:
+    with Storage(timeout_s=DEADLINE_S) as storage:
+        storage.init(bot_name, shards=2)
+    # Ray prints what became of answers that nobody fetched as the process ends.
+    result = subprocess.run(
+        [COMMAND, "rotate-keys", bot_name, "--address", cluster.address],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_S,
+    )
+
+    assert (result.returncode, result.stderr.count("\n")) == (EXIT_USAGE, 1)
+    assert result.stderr.startswith("fsm-ray: ")
