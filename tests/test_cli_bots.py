@@ -488,6 +488,18 @@ def test_ctrl_c_ends_a_watch_with_130_and_a_closed_pipe_ends_one_quietly(
     assert "BrokenPipe" not in told
 
 
+@pytest.mark.ray
+def test_a_message_commands_no_terminal_and_a_name_is_no_markup(
+    run: Run, cluster: RayCluster, tmp_path: Path
+) -> None:
+    _, _, err = run("import", "bot", str(tmp_path / "\x1b[2J"))
+    assert "\\u001b[2J: No such file" in err
+
+    for command in ("describe", "upgrade"):
+        code, _, err = run(command, "[/x]")
+        assert (code, err.startswith("fsm-ray: bot name '[/x]': ")) == (cli.EXIT_USAGE, True)
+
+
 # Bots
 
 

@@ -79,11 +79,12 @@ def rotate_keys(
     run this again. When it says that it is done, keys other than the current one may be removed.
     """
     from rich.console import Console
+    from rich.text import Text
 
     with attached(address) as storage, Console(stderr=True).status("Asking the shards") as status:
         rotation = storage.rotate_keys(bot_name)
         while wait and not rotation.is_done:
-            status.update(f"{rotation.pending:,} to be encrypted with {rotation.key_id}")
+            status.update(Text(f"{rotation.pending:,} to be encrypted with {rotation.key_id}"))
             time.sleep(_POLL_S)
             rotation = storage.rotate_keys(bot_name)
     if as_json:

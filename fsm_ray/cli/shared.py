@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -14,9 +14,12 @@ from fsm_ray.cli.completion import bot_names
 from fsm_ray.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from fsm_ray.options import BotOptions
     from fsm_ray.storage import AsyncStorage, Storage
 
 T = TypeVar("T")
+
+_VARIABLE = "env:"
 
 BotName = Annotated[
     str,
@@ -31,6 +34,44 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 Flow = Annotated[str | None, typer.Option(help="Only of this flow.")]
 State = Annotated[str | None, typer.Option(help="Only of this state.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the conversations that are there.")]
+
+
+def read_url(given: str | None) -> str | None:
+    """The URL; of `env:NAME`, the one in that variable. It is a `callback` for URLs that may hold a password.
+
+    A command line is there for all to see, and Ray keeps it as long as its cluster runs.
+
+    Raises:
+        InvalidInput: the variable is not set.
+    """
+    if given is None or not given.startswith(_VARIABLE):
+        return given
+    name = given.removeprefix(_VARIABLE)
+    url = os.environ.get(name)
+    if not url:
+        raise InvalidInput(f"{given}: the environment variable {name!r} is not set: put the URL there")
+    return url
+
+
+def checked_options(arguments: Mapping[str, str], given: Mapping[str, Any]) -> BotOptions:
+    """A bot's options from arguments of a command, which errors name: option -> argument.
+
+    Raises:
+        InvalidInput: an option has a value it cannot have.
+    """
+    from pydantic import ValidationError
+
+    from fsm_ray.options import BotOptions
+
+    try:
+        return BotOptions(**given)
+    except ValidationError as error:
+        faults = [
+            f"{' '.join(arguments[str(each)] for each in fault['loc'])}: "
+            f"{fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors()
+        ]
+        raise InvalidInput("; ".join(fault.removeprefix(": ") for fault in faults)) from error
 
 
 def attach(address: str | None) -> None:
@@ -75,8 +116,10 @@ def run_attached(address: str | None, work: Callable[[AsyncStorage], Awaitable[T
 def status(what: str) -> Iterator[None]:
     """Say on stderr what is waited for, if somebody may be looking."""
     from rich.console import Console
+    from rich.text import Text
 
-    with Console(stderr=True).status(what):
+    # Not as it is: a name in brackets would be markup.
+    with Console(stderr=True).status(Text(what)):
         yield
 
 
@@ -117,4 +160,15 @@ def leave_stdout() -> None:
 
 def tell(what: str) -> None:
     """Say it on stderr, so that stdout has what was asked for and nothing else."""
-    typer.echo(what, err=True)
+    from fsm_ray.cli.texts import printable
+
+    typer.echo(printable(what), err=True)
+
+
+def counted(number: int, what: str) -> str:
+    """The number and what it counts.
+
+    >>> counted(1, "shard"), counted(2_000, "record")
+    ('1 shard', '2,000 records')
+    """
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
