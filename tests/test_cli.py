@@ -82,6 +82,17 @@ class TestCommand:
         assert "fsm_ray.demo.config" in imported
         assert not imported & {"aiogram", "telegram", "telebot", "fsm_ray.bench.session", "matplotlib"}
 
+    def test_an_error_commands_no_terminal(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def fail(_: BenchConfig, **__: Any) -> None:
+            raise FsmRayError("it \x1b[2J failed")
+
+        monkeypatch.setattr(bench, "run", fail)
+        run_here(monkeypatch, "bench")
+
+        assert capsys.readouterr().err == "fsm-ray: it \\u001b[2J failed\n"
+
     @pytest.mark.parametrize(
         ("error", "code"),
         [

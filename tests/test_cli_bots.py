@@ -482,7 +482,7 @@ def test_ctrl_c_ends_a_watch_with_130_and_a_closed_pipe_ends_one_quietly(
     told = piped.stderr.read()
     piped.stderr.close()
 
-    assert (interrupted.returncode, piped.returncode) == (cli.EXIT_INTERRUPTED, 0)
+    assert (interrupted.returncode, piped.returncode) == (cli.EXIT_INTERRUPTED, cli.EXIT_UNREAD)
     assert err.startswith("to go on: --since '[")
     assert "Traceback" not in err + told
     assert "BrokenPipe" not in told

@@ -6,6 +6,8 @@ usage are answered at once.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
@@ -17,12 +19,15 @@ from fsm_ray.cli.exits import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
     EXIT_UNAVAILABLE,
+    EXIT_UNREAD,
     EXIT_USAGE,
     exit_code,
 )
-from fsm_ray.errors import FsmRayError
+from fsm_ray.cli.output import checked_stdout
+from fsm_ray.cli.shared import tell
+from fsm_ray.errors import FsmRayError, InvalidInput
 
-__all__ = ["EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_UNAVAILABLE", "EXIT_USAGE", "app", "main"]
+__all__ = ["EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_UNAVAILABLE", "EXIT_UNREAD", "EXIT_USAGE", "app", "main"]
 
 app = typer.Typer(
     name="fsm-ray",
@@ -35,12 +40,27 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command; errors of fsm_ray become one line and an exit code."""
-    try:
-        app()
-    except FsmRayError as error:
-        typer.echo(f"fsm-ray: {' '.join(str(error).split())}", err=True)
-        raise SystemExit(exit_code(error)) from None
+    """Run the command; errors of fsm_ray, and of writing to stdout, become one line and an exit code."""
+    with checked_stdout():
+        try:
+            _check_text(sys.argv[1:])
+            app()
+        except FsmRayError as error:
+            tell(f"fsm-ray: {' '.join(str(error).split())}")
+            raise SystemExit(exit_code(error)) from None
+
+
+def _check_text(arguments: Iterable[str]) -> None:
+    """Return if they are text: Ray notes the command line, and does not start with any other.
+
+    Raises:
+        InvalidInput: one is not.
+    """
+    for each in arguments:
+        try:
+            each.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidInput(f"{each!r} on the command line is no UTF-8: give text") from error
 
 
 def _print_version(is_wanted: bool) -> None:  # noqa: FBT001 - typer's signature

@@ -18,7 +18,6 @@ from fsm_ray.cli.shared import (
     attached,
     run_attached,
     tell,
-    until_nobody_reads,
 )
 from fsm_ray.errors import ChangesMissed, FsmRayError, ScanInterrupted, ValueNotDecodable
 
@@ -81,7 +80,7 @@ def scan(
 
     position = None if after is None else read_key(after)
     left, left_out = limit, 0
-    with attached(address) as storage, EncodedStorage.of(storage) as encoded, until_nobody_reads():
+    with attached(address) as storage, EncodedStorage.of(storage) as encoded:
         while True:
             try:
                 for each in encoded.scan(bot_name, flow=flow, state=state, after=position, limit=left):
@@ -143,8 +142,7 @@ def watch(
         finally:
             tell(f"to go on: --since '{list(position)}'")
 
-    with until_nobody_reads():
-        run_attached(address, follow)
+    run_attached(address, follow)
 
 
 def _print(each: Conversation, *, as_json: bool) -> bool:

@@ -21,7 +21,6 @@ from fsm_ray.cli.shared import (
     Overwrite,
     Yes,
     confirm,
-    leave_stdout,
     run_attached,
     tell,
 )
@@ -308,7 +307,6 @@ def _write(file: str, work: Callable[[BinaryIO], Report], *, yes: bool) -> Repor
         # The file that a symbolic link leads to is replaced, and not the link.
         return _replace(Path(file).resolve(), found, work)
     except BrokenPipeError:
-        leave_stdout()
         _fail("nobody reads the export any more: it is cut off", EXIT_FAILED)
     except OSError as error:
         _fail(f"{file}: {error.strerror or error}", EXIT_USAGE)

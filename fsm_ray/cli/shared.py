@@ -142,22 +142,6 @@ def confirm(what: str, *, yes: bool) -> None:
         raise
 
 
-@contextmanager
-def until_nobody_reads() -> Iterator[None]:
-    """End quietly when whoever reads stdout, as `head` does, has had enough."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        leave_stdout()
-        raise typer.Exit from None
-
-
-def leave_stdout() -> None:
-    """Let what is left in its buffer go nowhere: flushed at the interpreter's end, it would fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def tell(what: str) -> None:
     """Say it on stderr, so that stdout has what was asked for and nothing else."""
     from fsm_ray.cli.texts import printable
