@@ -788,25 +788,87 @@ def test_importers_tell_of_a_source_that_cannot_be_read(run: Run, bot: str, tmp_
 # Ray
 
 
-def test_no_command_starts_a_ray(run: Run, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process is attached to no Ray, starts none, and none is to be found."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("a Ray was started"))
     monkeypatch.setattr(services, "canonicalize_bootstrap_address", lambda _: None)
-    for arguments in (
-        ("bots",),
-        ("get", "bot", "1"),
-        ("export", "bot"),
-        ("count", "bot", "--address", "local"),
-    ):
-        code, _, err = run(*arguments)
-        assert code == cli.EXIT_UNAVAILABLE
-        assert err.startswith("fsm-ray: no Ray at ")
-        assert "Start one with `ray start --head`, or give the address of a running cluster" in err
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "bots",
+        "bots --address local",
+        "describe bot",
+        "count bot",
+        "scan bot",
+        "watch bot",
+        "get bot 1",
+        "set bot 1 --state x",
+        "clear bot 1 --yes",
+        "drop bot --yes",
+        "export bot",
+        f"import bot {__file__}",
+        "import-from aiogram-redis redis://127.0.0.1:9 bot",
+        "import-from telebot-redis redis://127.0.0.1:9 bot",
+        f"import-from telebot-pickle {__file__} bot",
+        f"import-from telegram-pickle {__file__} bot",
+        "upgrade bot",
+        "rotate-keys bot",
+    ],
+)
+def test_no_command_starts_a_ray(run: Run, command: str) -> None:
+    code, _, err = run(*command.split())
+
+    assert code == cli.EXIT_UNAVAILABLE
+    assert err.startswith("fsm-ray: no Ray at ")
+    assert "Start one with `ray start --head`, or give the address of a running cluster" in err
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_where_ray_was_looked_for_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("bots")[2].startswith("fsm-ray: no Ray at this machine: none runs here. ")
 
     monkeypatch.setattr(services, "canonicalize_bootstrap_address", lambda _: "127.0.0.1:9")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    code, _, err = run("bots")
-    assert (code, "the one that ran at 127.0.0.1:9 is gone" in err) == (cli.EXIT_UNAVAILABLE, True)
+    assert "the one that ran at 127.0.0.1:9 is gone" in run("bots")[2]
+
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    assert run("bots")[2].startswith("fsm-ray: no Ray at 127.0.0.1:9, which RAY_ADDRESS names: ")
+    assert run("bots", "--address", "127.0.0.2:9")[2].startswith("fsm-ray: no Ray at 127.0.0.2:9: ")
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_ray_address_may_be_that_of_ray_client(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda address, **_: asked.append(address))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"{scheme}127.0.0.1:{listening.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        directory.attach(None)
+
+    assert asked == [address]
+
+
+def test_ray_address_auto_names_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(services, "canonicalize_bootstrap_address", lambda _: None)
+
+    assert directory.find_running(None) is None
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_arguments_that_are_no_text_are_refused(run: Run) -> None:
+    code, _, err = run("set", "bot", "5", "--state", "\udcff\udcfe")
+
+    assert (code, err) == (
+        cli.EXIT_USAGE,
+        r"fsm-ray: '\udcff\udcfe' on the command line is no UTF-8: give text" + "\n",
+    )
 
 
 def test_help_and_version_import_neither_ray_nor_what_needs_it() -> None:

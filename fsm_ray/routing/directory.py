@@ -102,22 +102,37 @@ def attach(address: str | None, *, may_start: bool = True, **settings: Any) -> N
         # its message, of which the last line tells most.
         reason = " ".join([str(error), *str(error.__cause__ or "").strip().splitlines()[-1:]])
         raise RayUnreachable(
-            f"no Ray at {address or 'this machine'}: {reason}. Start one with `ray start --head`, "
+            f"no Ray at {_place(address)}: {reason}. Start one with `ray start --head`, "
             "or give the address of a running cluster"
         ) from error
 
 
 def find_running(address: str | None, *, may_start: bool = False) -> str | None:
-    """The address of a Ray that answers: this one, or the one that runs here; None: there is none.
+    """The address of a Ray that answers; None: there is none.
+
+    It is the one at `address`, or else at RAY_ADDRESS, or the one that runs here.
 
     Raises:
         OSError: nobody answers there.
     """
-    return _answering(address) if address else _running_ray(may_start=may_start)
+    named = address or _from_environment()
+    return _answering(named) if named else _running_ray(may_start=may_start)
+
+
+def _from_environment() -> str | None:
+    """What RAY_ADDRESS names, as `ray.init` would take it from there; "auto" names nothing."""
+    named = os.environ.get("RAY_ADDRESS")
+    return None if named == "auto" else named
+
+
+def _place(address: str | None) -> str:
+    """Where Ray was looked for."""
+    named = _from_environment()
+    return address or (f"{named}, which RAY_ADDRESS names" if named else "this machine")
 
 
 def _running_ray(*, may_start: bool) -> str | None:
-    """The address of the Ray that RAY_ADDRESS names or that runs on this machine."""
+    """The address of the Ray that runs on this machine."""
     try:
         # What ray.init("auto") does, but for waiting minutes at an address where nobody is any more.
         address = services.canonicalize_bootstrap_address("auto")
@@ -126,8 +141,6 @@ def _running_ray(*, may_start: bool) -> str | None:
     try:
         return None if address is None else _answering(address)
     except OSError as error:
-        if os.environ.get("RAY_ADDRESS"):
-            raise
         if not may_start:
             raise ConnectionError(f"the one that ran at {address} is gone ({error})") from error
         logger.warning("the Ray that ran at %s is gone (%s): starting a local one", address, error)
