@@ -9,7 +9,7 @@ a record that was opened.
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fsm_ray.stores.encrypted import Opener
 
 _MAX_FINDINGS = 100
-"""Of one shard that are told one by one."""
+"""Of one shard, and missing shards of one bot, that are told one by one."""
 
 _HIDDEN = (None, None, 0)
 """What a store shows of an encrypted record."""
@@ -65,6 +65,11 @@ class ShardReport:
     findings: list[Finding] = field(default_factory=list)
     more_findings: int = 0
     """Beyond those that are told one by one."""
+
+    @property
+    def shards(self) -> int | None:
+        """How many shards the bot has, by this one's owner; None: it does not say, or no bot has so many."""
+        return self.owner.shards if self.owner is not None and _is_count(self.owner.shards) else None
 
     def find(self, where: str, problem: str) -> None:
         """Add a finding."""
@@ -120,34 +125,54 @@ class _Source:
         return opener
 
 
-async def _shards_of(source: _Source, bot_name: str) -> list[int]:
-    """The bot's shards; where the store cannot list them, those that the first one tells of."""
+async def _shards_of(source: _Source, bot_name: str) -> list[int] | None:
+    """The bot's shards; None where the store cannot list them."""
     try:
         return [shard for bot, shard in await source.kind.places(source.url) if bot == bot_name]
     except InvalidInput:
-        first = await _verify_shard(source, bot_name, 0)
-        return list(range(1 if first.owner is None else first.owner.shards))
+        return None
 
 
 async def _verify_bot(
-    source: _Source, bot_name: str, shards: Iterable[int]
+    source: _Source, bot_name: str, listed: list[int] | None
 ) -> AsyncGenerator[ShardReport, None]:
-    """Look through these shards, and at what they say of each other."""
+    """Look through these shards, and at what they say of each other.
+
+    Where they could not be listed, the first one tells how many there are.
+    """
     count: int | None = None
-    seen: set[int] = set()
-    for shard in sorted(shards):
+    known = [0] if listed is None else sorted(listed)
+    for shard in known:
         report = await _verify_shard(source, bot_name, shard)
-        if report.owner is not None:
-            count = report.owner.shards if count is None else count
-            if report.owner.shards != count:
-                report.find("owner", f"it is one of {report.owner.shards} shards, and others of {count}")
-        seen.add(shard)
+        count = _compare(report, count)
         yield report
-    for shard in range(count or 1):
-        if shard not in seen:
-            missing = ShardReport(bot_name, shard)
-            missing.find("the whole shard", "there is nothing of it")
-            yield missing
+    others = [shard for shard in range(count or 1) if shard not in known]
+    if listed is not None:
+        for report in _missing(bot_name, others):
+            yield report
+        return
+    for shard in others:
+        report = await _verify_shard(source, bot_name, shard)
+        _compare(report, count)
+        yield report
+
+
+def _compare(report: ShardReport, count: int | None) -> int | None:
+    """The number of shards that the bot has, by the first one that says it; others must say the same."""
+    if count is not None and report.shards not in {None, count}:
+        report.find("owner", f"it is one of {report.shards} shards, and others of {count}")
+    return report.shards if count is None else count
+
+
+def _missing(bot_name: str, shards: list[int]) -> Iterator[ShardReport]:
+    """Reports of shards that are not there: of many, the last one counts the rest."""
+    told = shards[:_MAX_FINDINGS]
+    for shard in told:
+        report = ShardReport(bot_name, shard)
+        report.find("the whole shard", "there is nothing of it")
+        if shard == told[-1]:
+            report.more_findings = len(shards) - len(told)
+        yield report
 
 
 async def _verify_shard(source: _Source, bot_name: str, shard: int) -> ShardReport:
@@ -309,7 +334,9 @@ def _check_owner(report: ShardReport, row: Row) -> None:
         )
     if (owner.bot_name, owner.shard) != (report.bot_name, report.shard):
         report.find(row.where, f"it is shard {owner.shard} of bot {owner.bot_name!r}")
-    if not 0 <= owner.shard < owner.shards:
+    if not _is_count(owner.shards):
+        report.find(row.where, f"it says that the bot has {owner.shards} shards; bots have 1 to {SLOTS}")
+    elif not 0 <= owner.shard < owner.shards:
         report.find(row.where, f"it has number {owner.shard} of {owner.shards} shards")
 
 
@@ -356,11 +383,16 @@ def _check_key(report: ShardReport, row: Row, *, is_shown: bool) -> None:
         check_key(row.key)
     except FsmRayError as error:
         report.find(row.where, str(error) if is_shown else "what is encrypted there has no key")
-    if report.owner is None:
+    if report.shards is None:
         return
-    belongs = slot_of(row.key) * report.owner.shards // SLOTS
+    belongs = slot_of(row.key) * report.shards // SLOTS
     if belongs != report.shard and row.slot in {None, slot_of(row.key)}:
-        report.find(row.where, f"its key belongs to shard {belongs} of {report.owner.shards}")
+        report.find(row.where, f"its key belongs to shard {belongs} of {report.shards}")
+
+
+def _is_count(shards: int) -> bool:
+    """Whether a bot can have so many."""
+    return 1 <= shards <= SLOTS
 
 
 def _shown(text: str | None) -> str | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 import shutil
 import sys
 import tempfile
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from fsm_ray.bench.servers import PostgresServer, ValkeyServer, temporary_direct
 from fsm_ray.codec import encode_key
 from fsm_ray.codec.keys import check_key
 from fsm_ray.errors import InvalidInput, StoreUnavailable, ValueNotDecodable
-from fsm_ray.stores.base import Answered, Batch, OwnedStore, Place, encode_answered, with_slot
+from fsm_ray.stores.base import Answered, Batch, OwnedStore, Place, Row, encode_answered, with_slot
 from fsm_ray.stores.objectstore import ObjectStore
 from fsm_ray.stores.owner import Owner, encode_owner
 from fsm_ray.stores.postgres import PostgresStore
@@ -247,6 +248,58 @@ async def test_a_damaged_owner_and_another_shards_records_are_found(kind: Kind) 
     )
 
 
+@pytest.mark.parametrize("shards", [300_000, 0])
+async def test_a_number_of_shards_that_no_bot_has_is_a_finding_and_nothing_is_made_of_it(
+    kind: Kind, shards: int
+) -> None:
+    await commit_all(kind.make(), [batch(1)])
+    place = kind.place
+    owner = Owner(
+        epoch=9, opening="", process="", lease_s=1.0, bot_name=place.bot_name, shard=0, shards=shards
+    )
+    await kind.put("owner", b"", encode_owner(owner))
+    [report] = await reports(kind)
+    [problem] = problems(report)
+
+    assert problem.endswith(f": it says that the bot has {shards} shards; bots have 1 to 4096")
+    assert report.shards is None
+
+
+async def test_many_missing_shards_are_told_in_part_and_counted(tmp_path: Path) -> None:
+    kind = RocksDB(f"rocksdb://{tmp_path}")
+    kind.place = replace(kind.place, shards=4_000)
+    await commit_all(kind.make(), [Batch(1, {}, {})])
+    found = await reports(kind)
+
+    assert len(found) == 101
+    assert [report.more_findings for report in found] == [0] * 100 + [3_899]
+
+
+async def test_where_shards_cannot_be_listed_each_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = Objects(f"file://{tmp_path}")
+    for shard in range(2):
+        kind.place = replace(kind.place, shard=shard, shards=2)
+        await commit_all(kind.make(), [Batch(1, {}, {})])
+    read: list[int] = []
+    rows = ObjectStore.rows
+
+    def counted_rows(store: ObjectStore) -> AsyncGenerator[Row, None]:
+        read.append(store.place.shard)
+        return rows(store)
+
+    async def no_places(_: str) -> list[tuple[str, int]]:
+        raise InvalidInput("such a store cannot tell")
+
+    monkeypatch.setattr(ObjectStore, "rows", counted_rows)
+    monkeypatch.setattr(ObjectStore, "places", no_places)
+    found = await reports(kind)
+
+    assert [problems(report) for report in found] == [[], []]
+    assert read == [0, 1]
+
+
 async def test_shards_that_disagree_about_their_number_are_found(kind: Kind) -> None:
     await commit_all(kind.make(), [Batch(1, {}, {})])
     kind.place = replace(kind.place, shard=1, shards=2)
@@ -330,33 +383,105 @@ def test_what_no_key_is_encoded_as_is_none(encoded: bytes) -> None:
         check_key(encoded)
 
 
-async def test_a_store_that_cannot_be_looked_at_is_told(tmp_path: Path) -> None:
+def _refuse(_: Path) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+async def test_a_store_that_cannot_be_looked_at_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InvalidInput, match="keeps nothing"):
         await anext(verify("memory://"))
-    with pytest.raises(StoreUnavailable, match="No such file"):
-        await anext(verify(f"rocksdb://{tmp_path / 'none'}"))
+    monkeypatch.setattr(Path, "iterdir", _refuse)
+    with pytest.raises(StoreUnavailable, match="Permission denied"):
+        await anext(verify(f"rocksdb://{tmp_path}"))
     with pytest.raises(InvalidInput, match="cannot tell which bots"):
         await anext(verify("s3://bucket"))
 
 
-def test_the_command_prints_findings_and_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+Verify = Callable[..., tuple[int | str | None, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verify:
+    """Runs `fsm-ray verify`: its exit code, and what it printed on stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int | str | None, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fsm-ray", "verify", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return stopped.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_prints_findings_and_fails(run: Verify, tmp_path: Path) -> None:
     kind = RocksDB(f"rocksdb://{tmp_path}")
     asyncio.run(commit_all(kind.make(), [batch(1)]))
 
-    def run(*arguments: str) -> tuple[int | str | None, str]:
-        monkeypatch.setattr(sys, "argv", ["fsm-ray", "verify", kind.place.url, *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return stopped.value.code, capsys.readouterr().out
-
-    code, told = run()
-    assert (code, told.splitlines()[-1]) == (0, "1 shards, 20 records: all is well")
+    code, told, _ = run(kind.place.url)
+    assert (code, told.splitlines()) == (
+        0,
+        [
+            f"{kind.place.bot_name} shard 0 of 1: 20 records, 1 session, version 1",
+            "1 shard, 20 records: all is well",
+        ],
+    )
 
     asyncio.run(kind.put("other", b"", b""))
-    code, told = run(kind.place.bot_name)
+    code, told, _ = run(kind.place.url, kind.place.bot_name)
     assert code == cli.EXIT_FAILED
     assert "  key 0x78: nothing of fsm_ray's is kept there\n" in told
-    code, told = run("--json")
+    assert told.endswith("20 records: 1 finding\n")
+    code, told, _ = run(kind.place.url, "--json")
     assert (code, '"findings": [{"where": "key 0x78"' in told) == (cli.EXIT_FAILED, True)
+
+
+def test_where_nothing_is_there_is_nothing_to_try_again(run: Verify, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for url in (f"rocksdb://{tmp_path / 'none'}", f"file://{tmp_path / 'none'}", f"rocksdb://{file}"):
+        code, told, _ = run(url)
+        assert (code, told) == (cli.EXIT_FAILED, "0 shards, 0 records: there is nothing there\n")
+        code, told, _ = run(url, "bot")
+        assert code == cli.EXIT_FAILED
+        assert "bot shard 0: 0 records, 0 sessions, no version\n" in told
+
+
+def test_wrong_arguments_are_named_as_the_command_has_them(run: Verify) -> None:
+    for arguments, told in (
+        (["nowhere"], "STORE_URL: no store is known for 'nowhere'; "),
+        (["rocksdb:///x", "--encryption-keys", "x"], "--encryption-keys: say where the keys are: "),
+        (["memory://", "--encryption-keys", "env:X"], "encryption_keys encrypts a store, and memory:// has "),
+        (
+            ["env:FSM_RAY_NOWHERE"],
+            "env:FSM_RAY_NOWHERE: the environment variable 'FSM_RAY_NOWHERE' is not set",
+        ),
+    ):
+        code, _, err = run(*arguments)
+        assert (code, err.startswith(f"fsm-ray: {told}"), err.count("\n")) == (cli.EXIT_USAGE, True, 1)
+
+
+def test_the_url_may_be_in_the_environment(
+    run: Verify, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = RocksDB(f"rocksdb://{tmp_path}")
+    asyncio.run(commit_all(kind.make(), [batch(1)]))
+    monkeypatch.setenv("FSM_RAY_STORE", kind.place.url)
+
+    assert run("env:FSM_RAY_STORE")[0] == 0
+
+
+def test_no_name_in_a_store_commands_the_terminal(run: Verify, tmp_path: Path) -> None:
+    (tmp_path / "\x1b[2J" / "0").mkdir(parents=True)
+    _, told, _ = run(f"rocksdb://{tmp_path}")
+
+    assert "\\u001b[2J shard 0" in told
+    assert told.replace("\n", "").isprintable()
+
+
+def test_an_error_of_the_whole_store_names_no_shard(run: Verify) -> None:
+    code, _, err = run("redis://127.0.0.1:1/0")
+
+    assert (code, "shard 0" in err) == (cli.EXIT_UNAVAILABLE, False)
+    assert err.startswith("fsm-ray: redis://127.0.0.1:1/0 cannot be used: ")

@@ -301,7 +301,7 @@ def test_the_command_says_what_it_did_not_look_into_and_prints_nobodys_data(
         return stopped.value.code, out + err
 
     unseen = (
-        "4 records and 1 sessions are encrypted with first, and were not looked into: give --encryption-keys"
+        "4 records and 1 session are encrypted with first, and were not looked into: give --encryption-keys"
     )
     code, told = run()
     assert (code, told.count(unseen)) == (0, 1)

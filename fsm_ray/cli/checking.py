@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fsm_ray.cli.exits import EXIT_FAILED
-from fsm_ray.cli.shared import Address, AsJson, attach
+from fsm_ray.cli.shared import Address, AsJson, attach, checked_options, counted, read_url
 
 if TYPE_CHECKING:
     from fsm_ray.verification import ShardReport
@@ -17,7 +17,10 @@ def verify(
     store: Annotated[
         str,
         typer.Argument(
-            metavar="STORE_URL", help="The bot's `store=`, as `rocksdb:///dir`.", show_default=False
+            metavar="STORE_URL",
+            callback=read_url,
+            help="The bot's `store=`, as `rocksdb:///dir`, or `env:NAME` of a variable that has it.",
+            show_default=False,
         ),
     ],
     bot_name: Annotated[
@@ -44,6 +47,11 @@ def verify(
     """
     import asyncio
 
+    checked_options(
+        {"store": "STORE_URL", "encryption_keys": "--encryption-keys"},
+        {"store": store, "encryption_keys": encryption_keys},
+    )
+
     async def look_through() -> list[ShardReport]:
         from fsm_ray.verification import verify as reports
 
@@ -57,12 +65,18 @@ def verify(
     faults = sum(len(report.findings) + report.more_findings for report in reports)
     if not as_json:
         what = f" of {bot_name}" if bot_name else ""
+        records = sum(report.records for report in reports)
         typer.echo(
-            f"{len(reports):,} shards{what}, {sum(report.records for report in reports):,} records: "
-            + (f"{faults:,} findings" if faults else "all is well" if reports else "there is nothing there")
+            f"{counted(len(reports), 'shard')}{what}, {counted(records, 'record')}: {_sum(faults, reports)}"
         )
     if faults or not reports:
         raise typer.Exit(EXIT_FAILED)
+
+
+def _sum(faults: int, reports: list[ShardReport]) -> str:
+    if faults:
+        return counted(faults, "finding")
+    return "all is well" if reports else "there is nothing there"
 
 
 def doctor(
@@ -113,13 +127,15 @@ def _tell(report: ShardReport, *, as_json: bool) -> None:
     if as_json:
         typer.echo(to_line(_to_json(report)))
         return
-    shards = "" if report.owner is None else f" of {report.owner.shards}"
+    shards = "" if report.shards is None else f" of {report.shards}"
+    version = "no version" if report.version is None else f"version {report.version}"
+    # A name that is no bot's may lie in a store, too.
     typer.echo(
-        f"{report.bot_name} shard {report.shard}{shards}: {report.records:,} records, "
-        f"{report.sessions:,} sessions, version {report.version}"
+        f"{printable(report.bot_name)} shard {report.shard}{shards}: {counted(report.records, 'record')}, "
+        f"{counted(report.sessions, 'session')}, {version}"
     )
     if hint := _unseen(report):
-        typer.echo(f"  {hint}")
+        typer.echo(printable(f"  {hint}"))
     for finding in report.findings:
         typer.echo(printable(f"  {finding.where}: {finding.problem}"))
     if report.more_findings:
@@ -132,8 +148,8 @@ def _unseen(report: ShardReport) -> str | None:
         return None
     ids = f" with {', '.join(sorted(report.key_ids))}" if report.key_ids else ""
     return (
-        f"{report.encrypted_records:,} records and {report.encrypted_sessions:,} sessions are encrypted{ids},"
-        " and were not looked into: give --encryption-keys"
+        f"{counted(report.encrypted_records, 'record')} and {counted(report.encrypted_sessions, 'session')}"
+        f" are encrypted{ids}, and were not looked into: give --encryption-keys"
     )
 
 
@@ -142,7 +158,7 @@ def _to_json(report: ShardReport) -> dict[str, Any]:
     return {
         "bot": report.bot_name,
         "shard": report.shard,
-        "shards": None if owner is None else owner.shards,
+        "shards": report.shards,
         "epoch": None if owner is None else owner.epoch,
         "version": report.version,
         "records": report.records,

@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 _SLOT_END = 3
 """Where the key begins in sorted stores, behind `r` and the slot."""
 
+NO_BOT = "-"
+"""In a place, instead of a bot's name, which never is this: the store as a whole is meant."""
+
 LEASE_MARGIN = 1.05
 """A new owner waits this many times the last one's lease: the clocks of machines differ less in speed."""
 
@@ -167,10 +170,12 @@ def shard_directories(root: str) -> list[tuple[str, int]]:
     """Bot and shard of each `<root>/<bot>/<shard>`, in order.
 
     Raises:
-        StoreUnavailable: the root cannot be read.
+        StoreUnavailable: the root is there, and cannot be read.
     """
     try:
         found = [path.relative_to(root).parts for bot in Path(root).iterdir() for path in bot.glob("*/")]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     except OSError as error:
         raise StoreUnavailable(f"{root} cannot be read: {error.strerror}") from error
     return sorted((bot, int(shard)) for bot, shard in found if shard.isdecimal())
@@ -317,7 +322,10 @@ class OwnedStore(Store):
     @property
     def name(self) -> str:
         """The store in errors and logs."""
-        return f"{redacted(self.place.url)} (shard {self.place.shard} of bot {self.place.bot_name!r})"
+        url = redacted(self.place.url)
+        if self.place.bot_name == NO_BOT:
+            return url
+        return f"{url} (shard {self.place.shard} of bot {self.place.bot_name!r})"
 
     @abstractmethod
     async def _connect(self) -> None:

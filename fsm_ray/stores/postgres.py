@@ -34,6 +34,7 @@ from fsm_ray.codec import slot_of
 from fsm_ray.errors import ConfigurationError, FsmRayError, StoreCorrupted, StoreMismatch, StoreUnavailable
 from fsm_ray.record import check_blob, front_of
 from fsm_ray.stores.base import (
+    NO_BOT,
     Answered,
     Batch,
     Contents,
@@ -246,7 +247,7 @@ class PostgresStore(OwnedStore, Inspectable):
     @classmethod
     async def places(cls, url: str) -> list[tuple[str, int]]:
         """See `Inspectable.places`."""
-        store = cls(Place(url=url, bot_name="-", shard=0, shards=1, lease_s=_MIN_TIMEOUT_S))
+        store = cls(Place(url=url, bot_name=NO_BOT, shard=0, shards=1, lease_s=_MIN_TIMEOUT_S))
         try:
             await store._connect_to_read()
             return [(str(bot), int(shard)) for bot, shard in await store._execute(_PLACES)]

@@ -43,6 +43,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from fsm_ray.errors import InvalidOptions, StoreCorrupted, StoreMismatch, StoreUnavailable
 from fsm_ray.record import check_blob
 from fsm_ray.stores.base import (
+    NO_BOT,
     Batch,
     Contents,
     Inspectable,
@@ -177,7 +178,7 @@ class RedisStore(OwnedStore, Inspectable):
     @classmethod
     async def places(cls, url: str) -> list[tuple[str, int]]:
         """See `Inspectable.places`."""
-        store = cls(Place(url=url, bot_name="-", shard=0, shards=1, lease_s=_MAX_TIMEOUT_S))
+        store = cls(Place(url=url, bot_name=NO_BOT, shard=0, shards=1, lease_s=_MAX_TIMEOUT_S))
         found, cursor = set(), b"0"
         try:
             await store._connect_to_read()
