@@ -706,7 +706,7 @@ def test_where_no_file_can_be_one_line_tells(run: Run, one_conversation: str, tm
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_an_export_whose_reader_goes_away_says_that_it_is_cut_off(
+def test_an_export_whose_reader_goes_away_ends_as_commands_do_then(
     cluster: RayCluster, one_conversation: str, storage: Storage
 ) -> None:
     storage.set_many(one_conversation, {number: State(data={"x": "y" * 500}) for number in range(1_000)})
@@ -724,7 +724,7 @@ def test_an_export_whose_reader_goes_away_says_that_it_is_cut_off(
     told = export.stderr.read()
     export.stderr.close()
 
-    assert (export.returncode, told) == (1, "fsm-ray: nobody reads the export any more: it is cut off\n")
+    assert (export.returncode, told) == (cli.EXIT_UNREAD, "")
 
 
 @pytest.mark.ray
@@ -772,15 +772,20 @@ def test_an_importer_without_the_bots_id_names_its_option(run: Run, bot: str) ->
 
 
 @pytest.mark.ray
-def test_importers_tell_of_a_source_that_cannot_be_read(run: Run, bot: str, tmp_path: Path) -> None:
+def test_importers_tell_of_a_source_that_cannot_be_read(
+    run: Run, bot: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nothing, nowhere = str(tmp_path / "none"), "redis://:s3cret@127.0.0.1:1"
 
     for kind in ("telebot-pickle", "telegram-pickle"):
         assert run("import-from", kind, nothing, bot)[0] == cli.EXIT_USAGE
+    monkeypatch.setenv("FSM_RAY_SOURCE", nowhere)
     for kind in ("telebot-redis", "aiogram-redis"):
-        code, _, err = run("import-from", kind, nowhere, bot, "--bot-id", "1")
-        assert (code, "s3cret" in err) == (cli.EXIT_UNAVAILABLE, False)
-        assert err.count("\n") == 1
+        for source in (nowhere, "env:FSM_RAY_SOURCE"):
+            code, _, err = run("import-from", kind, source, bot, "--bot-id", "1")
+            assert (code, "s3cret" in err) == (cli.EXIT_UNAVAILABLE, False)
+            assert err.startswith("fsm-ray: the Redis at redis://:***@127.0.0.1:1: ")
+            assert err.count("\n") == 1
         code, _, err = run("import-from", kind, "http://me:s3cret@h", bot, "--bot-id", "1")
         assert (code, err.count("\n"), "s3cret" in err) == (cli.EXIT_USAGE, 1, False)
 

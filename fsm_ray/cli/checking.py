@@ -83,7 +83,12 @@ def doctor(
     *,
     store: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Also check the way to this store, from where a bot's actors run."),
+        typer.Option(
+            metavar="URL",
+            callback=read_url,
+            help="Also check the way to this store, from where a bot's actors run. Of a URL with a password,"
+            " better `env:NAME` of a variable that has it.",
+        ),
     ] = None,
     node_resource: Annotated[
         str | None,

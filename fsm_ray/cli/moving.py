@@ -14,16 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, NoReturn
 import typer
 
 from fsm_ray.cli.exits import EPILOG, EXIT_FAILED, EXIT_UNAVAILABLE, EXIT_USAGE
-from fsm_ray.cli.shared import (
-    Address,
-    AsJson,
-    BotName,
-    Overwrite,
-    Yes,
-    confirm,
-    run_attached,
-    tell,
-)
+from fsm_ray.cli.shared import Address, AsJson, BotName, Overwrite, Yes, confirm, read_url, run_attached, tell
 
 if TYPE_CHECKING:
     from fsm_ray.storage import AsyncStorage
@@ -37,7 +28,15 @@ import_from = typer.Typer(
     no_args_is_help=True,
 )
 
-Url = Annotated[str, typer.Argument(metavar="URL", help="Of the Redis.", show_default=False)]
+Url = Annotated[
+    str,
+    typer.Argument(
+        metavar="URL",
+        callback=read_url,
+        help="Of the Redis; with a password, better `env:NAME` of a variable that has it.",
+        show_default=False,
+    ),
+]
 File = Annotated[
     Path, typer.Argument(metavar="FILE", help="The pickle file; it runs no code.", show_default=False)
 ]

@@ -13,6 +13,7 @@ import typer
 
 from fsm_ray import bench as benchmark
 from fsm_ray.cli.exits import EXIT_FAILED
+from fsm_ray.cli.shared import read_url
 from fsm_ray.demo.config import DemoConfig
 
 
@@ -40,7 +41,11 @@ def demo(
     ] = None,
     store: Annotated[
         str | None,
-        typer.Option(help="URL of the store of the bot. Default: a RocksDB that is removed in the end."),
+        typer.Option(
+            callback=read_url,
+            help="URL of the store of the bot, or `env:NAME` of a variable that has it. Default: a RocksDB"
+            " that is removed in the end.",
+        ),
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the bot on the Ray that was there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
