@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import ray
 from ray._private import services
+from rich.text import Text
 
 import fsm_ray
 from fsm_ray import AsyncStorage, State, Storage, cli
@@ -523,6 +524,34 @@ def test_bots_are_listed_and_described_without_passwords(
         assert "redis://me:***@host/0" in out
         assert "s3cret" not in out
     assert json.loads(out)["shards"][1]["statistics"]["records"] == description.shards[1].statistics.records
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("columns", [40, 80, 200, None])
+def test_a_description_can_be_read_at_any_width(
+    run: Run, bot: str, storage: Storage, monkeypatch: pytest.MonkeyPatch, columns: int | None
+) -> None:
+    if columns is not None:
+        monkeypatch.setenv("TTY_COMPATIBLE", "1")
+        monkeypatch.setenv("COLUMNS", str(columns))
+    found = storage.describe(bot)
+    shards = found.shards
+    store = f"rocksdb:///{'/'.join(['directory'] * 5)}"
+    options = found.options.model_copy(update={"store": store})
+    monkeypatch.setattr(Storage, "describe", lambda *_: directory.BotDescription(bot, options, shards))
+    out = Text.from_ansi(run("describe", bot)[1]).plain
+    lines = [line.split() for line in out.splitlines()]
+
+    assert store in "".join(out.split())
+    facts = [str(shard.pid) for shard in shards]
+    if columns in {40, 80}:
+        assert max(map(len, out.splitlines())) <= columns
+        assert [["pid", pid] in lines for pid in facts] == [True, True]
+        assert [["shard", number] in lines for number in ("0", "1", "all")] == [True] * 3
+    else:
+        [header] = [line for line in lines if line[:1] == ["shard"]]
+        assert header[-1] == "recovery"
+        assert [any(pid in line and len(line) > 9 for line in lines) for pid in facts] == [True, True]
 
 
 @pytest.mark.ray

@@ -7,13 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fsm_ray.cli.shared import Address, AsJson, BotName, Yes, attached, confirm, status
+from fsm_ray.cli.shared import Address, AsJson, BotName, Yes, attached, confirm, counted, status
 from fsm_ray.errors import NamespaceUnavailable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from fsm_ray.hosting import ShardDescription
     from fsm_ray.routing.directory import BotDescription
     from fsm_ray.storage import Storage
+
+Columns = dict[str, tuple[list[str], str]]
+"""Name -> what it is of each shard, and of all."""
+
+_WIDE = 1_000
+"""Characters of a line where nobody may be looking; few options of a bot are longer."""
 
 
 def bots(*, address: Address = None, as_json: AsJson = False) -> None:
@@ -71,7 +80,7 @@ def _at_stake(storage: Storage, bot_name: str) -> tuple[str, str]:
         return "it does not answer", "What its store keeps, if it is not memory://, stays there."
     options = description.options
     records = sum(shard.statistics.records for shard in description.shards)
-    what = f"{_counted(options.shards, 'shard')}, {_counted(records, 'record')}"
+    what = f"{counted(options.shards, 'shard')}, {counted(records, 'record')}"
     if options.store_scheme == "memory":
         return what, "Its records lived in its actors alone, and go with them."
     return what, f"Its records stay in {redacted(options.store)}."
@@ -117,19 +126,47 @@ def _to_json(description: BotDescription) -> dict[str, Any]:
 
 def _show(description: BotDescription) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
+    if not console.is_terminal:
+        console.width = _WIDE  # programs read lines, and cut nothing
+    shards = description.shards
+    console.print(_options_table(description), markup=False)
+    console.print()
+    columns = _columns(shards)
+    table = _table(columns, with_sums=len(shards) > 1)
+    whole = console.measure(table, options=console.options.update(width=_WIDE)).maximum
+    if whole <= console.width:
+        console.print(table, markup=False)
+    else:
+        _print_blocks(console, columns, with_sums=len(shards) > 1)
+    for shard in shards:
+        if shard.restarted_empty:
+            console.print(
+                f"Shard {shard.shard} was restarted and came back empty: its records lived in memory alone."
+            )
+    if told_versions := other_versions(shards):
+        console.print(f"Not all is of one version. {told_versions}.", markup=False)
+        console.print(f"To mend it: {upgrade_cure(description.bot_name)}", markup=False)
+
+
+def _options_table(description: BotDescription) -> Table:
+    from rich.table import Table
+
     options = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    options.add_column(no_wrap=True)
+    options.add_column(overflow="fold")
     told = _to_json(description)["options"]
     told["encryption_keys"] = told["encryption_keys"] or "- (what its store keeps is not encrypted)"
     for name, value in {"bot": description.bot_name, **told}.items():
         options.add_row(name, "-" if value is None else str(value), style=None if name == "bot" else "dim")
-    console.print(options, markup=False)
-    table = Table(box=None, padding=(0, 2, 0, 0), show_footer=len(description.shards) > 1)
-    shards = description.shards
+    return options
+
+
+def _columns(shards: list[ShardDescription]) -> Columns:
+    """What is told of the shards, by its name."""
     statistics = [shard.statistics for shard in shards]
-    columns: dict[str, tuple[list[str], str]] = {
+    return {
         "shard": ([str(shard.shard) for shard in shards], "all"),
         "node": ([shard.node_id[:8] for shard in shards], f"{len({each.node_id for each in shards})}"),
         "version": ([shard.version.fsm_ray if shard.version else "-" for shard in shards], ""),
@@ -141,28 +178,37 @@ def _show(description: BotDescription) -> None:
         "waiting": _summed([each.waiting_turns for each in statistics]),
         "recovery": ([f"{shard.recovery_s:.2f} s" for shard in shards], ""),
     }
+
+
+def _table(columns: Columns, *, with_sums: bool) -> Table:
+    """A line for each shard."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), show_footer=with_sums)
     for name, (_, footer) in columns.items():
         table.add_column(name, footer=footer, justify="left" if name == "node" else "right", no_wrap=True)
     for row in zip(*(cells for cells, _ in columns.values()), strict=True):
         table.add_row(*row)
-    console.print()
-    console.print(table, markup=False)
-    for shard in shards:
-        if shard.restarted_empty:
-            console.print(
-                f"Shard {shard.shard} was restarted and came back empty: its records lived in memory alone."
-            )
-    if told_versions := other_versions(shards):
-        console.print(f"Not all is of one version. {told_versions}.", markup=False)
-        console.print(f"To mend it: {upgrade_cure(description.bot_name)}", markup=False)
+    return table
+
+
+def _print_blocks(console: Console, columns: Columns, *, with_sums: bool) -> None:
+    """A few lines for each shard, where a line has no room for all."""
+    from rich.table import Table
+
+    rows = list(zip(*(cells for cells, _ in columns.values()), strict=True))
+    if with_sums:
+        rows.append(tuple(footer for _, footer in columns.values()))
+    for row in rows:
+        block = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        for name, cell in zip(columns, row, strict=True):
+            if cell:
+                block.add_row(name if name == "shard" else f"  {name}", cell)
+        console.print(block, markup=False)
 
 
 def _summed(values: list[Any], shown: Any = "{:,}".format) -> tuple[list[str], str]:
     return [shown(value) for value in values], shown(sum(values))
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _size(size_bytes: float) -> str:
