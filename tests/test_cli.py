@@ -15,14 +15,15 @@ from typing import Any
 
 import pytest
 import ray
+from rich.console import Console
 
 import fsm_ray
 from fsm_ray import State, bench, cli
 from fsm_ray.bench import BenchConfig
 from fsm_ray.bench.figures import Figure
-from fsm_ray.bench.results import Cell, Kills, Machine, Race, Report
+from fsm_ray.bench.results import Cell, Kills, Machine, Race, Report, from_json
 from fsm_ray.demo import run as demo_run
-from fsm_ray.demo.report import Difference
+from fsm_ray.demo.report import Difference, to_json
 from fsm_ray.demo.report import Report as DemoReport
 from fsm_ray.demo.updates import generate_updates, write_updates
 from fsm_ray.errors import ConfigurationError, FsmRayError, NamespaceUnavailable, UnknownBot
@@ -109,7 +110,7 @@ class TestCommand:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        def fail(_: BenchConfig) -> None:
+        def fail(_: BenchConfig, **__: Any) -> None:
             raise error
 
         monkeypatch.setattr(bench, "run", fail)
@@ -122,8 +123,9 @@ def remember_configs(monkeypatch: pytest.MonkeyPatch, **found: Any) -> list[Benc
     """Let the benchmark remember what it was to measure, and report what was found."""
     configs: list[BenchConfig] = []
 
-    def run(config: BenchConfig) -> Report:
+    def run(config: BenchConfig, console: Console) -> Report:
         configs.append(config)
+        console.print("tables")
         machine = Machine("A CPU", 2, "Linux", "CPython", {}, "now", 0.0, 0.0)
         return Report(config, machine, {}, (), **found)
 
@@ -142,7 +144,7 @@ class TestBench:
             monkeypatch,
             "bench",
             *options.split(),
-            *("--sizes", "", "--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")),
+            *("--sizes", "", "--plot", str(tmp_path / "a.png")),
         )
 
         assert code == 0
@@ -161,7 +163,6 @@ class TestBench:
                 scan_conversations=4,
                 recovery_conversations=1_000,
                 kills=100,
-                json_path=tmp_path / "a.json",
                 plot_path=tmp_path / "a.png",
             )
         ]
@@ -173,6 +174,16 @@ class TestBench:
         run_here(monkeypatch, "bench")
 
         assert configs == [BenchConfig()]
+
+    def test_the_report_is_a_line_of_json_and_the_tables_go_to_stderr(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        remember_configs(monkeypatch)
+        run_here(monkeypatch, "bench", "--json")
+        out, err = capsys.readouterr()
+
+        assert (out.count("\n"), err) == (1, "tables\n")
+        assert from_json(out.encode()).config == BenchConfig()
 
     def test_all_stores_are_meant_by_one_word(self, monkeypatch: pytest.MonkeyPatch) -> None:
         configs = remember_configs(monkeypatch)
@@ -319,7 +330,10 @@ def test_conversations_that_differ_are_told_and_end_the_demo_with_a_failure(
     monkeypatch.setattr(demo_run, "run", lambda config, console: report)
     code = run_here(monkeypatch, "demo")
     output = capsys.readouterr().out
+    run_here(monkeypatch, "demo", "--json")
 
+    assert capsys.readouterr().out == f"{to_json(report)}\n"
+    assert "\n" not in to_json(report)
     assert code == cli.EXIT_FAILED
     assert "1 of 1 conversation differ from one worker over aiogram's MemoryStorage:" in output
     assert "  Ann: no record, expected Registration:age" in output
@@ -356,7 +370,8 @@ class TestDemo:
         result = run_command(
             *("demo", "--address", "local", "--file", str(path), *few, "--json"), RAY_TMPDIR=ray_directory
         )
-        report = json.loads(result.stdout)
+        [line] = result.stdout.splitlines()
+        report = json.loads(line)
 
         assert result.returncode == 0
         assert (report["agrees"], report["updates"], report["differences"]) == (True, 123, [])

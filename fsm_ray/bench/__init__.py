@@ -18,7 +18,7 @@ __all__ = ["ADAPTERS", "ADAPTER_TASKS", "CONTENDERS", "STORES", "BenchConfig", "
 
 
 def run(config: BenchConfig | None = None, *, console: Console | None = None) -> Report:
-    """Measure every contender, print the tables, write the JSON and the plot that config asks for.
+    """Measure every contender, print the tables, write the plot that config asks for.
 
     Blocks for about `2 * seconds * rounds` per contender and number of tasks, plus the other parts. Servers
     are real and local, started here and stopped at the end, also on an error, Ctrl-C or SIGTERM. Uses the

@@ -74,8 +74,6 @@ class BenchConfig:
     adapter: str | None = None
     """A framework, out of `ADAPTERS`: its dispatcher is fed updates by so many `tasks`, over its own storage
     and over fsm_ray, on the one store in `stores` if there is one. See `with_adapter_alone`."""
-    json_path: Path | None = None
-    """Where to write everything measured, as JSON."""
     plot_path: Path | None = None
     """Where to write the picture, a PNG."""
 

@@ -254,8 +254,8 @@ class Report:
 
 
 def to_json(report: Report) -> bytes:
-    """The report as indented JSON; `from_json` gives back an equal report."""
-    return msgspec.json.format(msgspec.json.encode(report, enc_hook=str), indent=2) + b"\n"
+    """The report as a line of JSON; `from_json` gives back an equal report."""
+    return msgspec.json.encode(report, enc_hook=str)
 
 
 def from_json(text: bytes) -> Report:

@@ -27,7 +27,7 @@ from fsm_ray.bench.plot import write_plot
 from fsm_ray.bench.race import hold_races
 from fsm_ray.bench.recovery import time_recovery
 from fsm_ray.bench.report import print_report
-from fsm_ray.bench.results import Report, to_json
+from fsm_ray.bench.results import Report
 from fsm_ray.bench.rounds import Progress, compare
 from fsm_ray.bench.scan import time_scan
 from fsm_ray.bench.servers import ValkeyServer, echo_process, temporary_directory
@@ -43,8 +43,6 @@ def run(config: BenchConfig, console: Console) -> Report:
     with console.status("") as status, redirect_stdout(io.StringIO()):
         report = measure(config, status.update)
     print_report(report, console)
-    if config.json_path is not None:
-        config.json_path.write_bytes(to_json(report))
     if config.plot_path is not None:
         write_plot(report, config.plot_path)
     return report

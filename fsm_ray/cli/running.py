@@ -21,6 +21,10 @@ def _listed(items: Iterable[object]) -> str:
     return ",".join(map(str, items))
 
 
+ReportAsJson = Annotated[
+    bool, typer.Option("--json", help="Print the report as a line of JSON; all else goes to stderr.")
+]
+
 _DEMO = DemoConfig()
 _BENCH = benchmark.BenchConfig()
 
@@ -48,7 +52,7 @@ def demo(
         ),
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the bot on the Ray that was there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: ReportAsJson = False,
 ) -> None:
     """Serve a registration bot with several workers, and check what they arrive at.
 
@@ -130,12 +134,10 @@ def bench(
             f" measure nothing else: {_listed(benchmark.ADAPTERS)}. One --store at most, for fsm_ray."
         ),
     ] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", dir_okay=False, help="Write all that was measured here.")
-    ] = None,
     plot_path: Annotated[
         Path | None, typer.Option("--plot", dir_okay=False, help="Write a picture here, a PNG.")
     ] = None,
+    as_json: ReportAsJson = False,
 ) -> None:
     """Measure fsm_ray side by side with its peers, on this machine.
 
@@ -158,10 +160,18 @@ def bench(
         scan_conversations=scan,
         recovery_conversations=recovery,
         kills=kills,
-        json_path=json_path,
         plot_path=plot_path,
     )
-    report = benchmark.run(config if adapter is None else config.with_adapter_alone(adapter))
+    from rich.console import Console
+
+    report = benchmark.run(
+        config if adapter is None else config.with_adapter_alone(adapter),
+        console=Console(file=sys.stderr if as_json else sys.stdout),
+    )
+    if as_json:
+        from fsm_ray.bench.results import to_json
+
+        typer.echo(to_json(report))
     if not report.is_sound:
         raise typer.Exit(EXIT_FAILED)
 

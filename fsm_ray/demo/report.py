@@ -73,10 +73,10 @@ class Report:
 
 
 def to_json(report: Report) -> str:
-    """Everything of the report, and whether it agrees."""
+    """Everything of the report, and whether it agrees, in one line."""
     facts = {field.name: getattr(report, field.name) for field in fields(report)}
     facts |= {"differences": [str(each) for each in report.differences], "agrees": report.agrees}
-    return json.dumps(facts, indent=2)
+    return json.dumps(facts)
 
 
 def find_differences(
