@@ -622,9 +622,6 @@ def test_drop_ends_the_bot_and_says_what_becomes_of_its_records(
     assert bot_name not in storage.bots()
 
 
-# Moving
-
-
 @pytest.mark.ray
 def test_upgrade_replaces_actors_of_another_version_and_with_force_of_this_one(
     run: Run, cluster: RayCluster, bot_name: str, storage: Storage, tmp_path: Path
@@ -645,6 +642,10 @@ def test_upgrade_replaces_actors_of_another_version_and_with_force_of_this_one(
     storage.drop(bot_name)
 
 
+# Moving
+
+
+@pytest.mark.ray
 def test_an_export_is_imported_once_and_what_is_refused_fails(
     run: Run, *, bot: str, bot_name: str, storage: Storage, key: str, tmp_path: Path
 ) -> None:
