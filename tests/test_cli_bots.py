@@ -26,16 +26,19 @@ from rich.text import Text
 
 import fsm_ray
 from fsm_ray import AsyncStorage, State, Storage, cli
+from fsm_ray.bench.servers import ValkeyServer, temporary_directory
 from fsm_ray.cli import doctor
 from fsm_ray.cli.texts import key_text, read_data, read_key, read_position
 from fsm_ray.codec import wire
 from fsm_ray.errors import (
     EncryptionKeysUnusable,
+    FsmRayError,
     InvalidData,
     InvalidInput,
     InvalidKey,
     NamespaceUnavailable,
     PickleNotAllowed,
+    StoreUnavailable,
     UnknownBot,
 )
 from fsm_ray.notes import Version
@@ -570,11 +573,15 @@ def test_versions_that_differ_and_where_the_keys_are_is_told(
         monkeypatch.setattr(Storage, "describe", lambda *_: description)
 
     pretend([Version(), Version()], "env:KEYS")
-    for outcome in (run("describe", bot)[1], doctor._check_bot(storage, bot).told):
+
+    def checked() -> doctor.Check:
+        return next(doctor._check_bot(storage, directory.Directory(None, DEADLINE_S), bot))
+
+    for outcome in (run("describe", bot)[1], checked().told):
         assert "env:KEYS" in outcome
         assert "unknown version" not in outcome
         assert "To mend it" not in outcome
-    assert doctor._check_bot(storage, bot).outcome == "ok"
+    assert checked().outcome == "ok"
     [told] = objects(run("describe", bot, "--json")[1])
     assert (told["is_encrypted"], told["other_versions"]) == (True, None)
 
@@ -585,23 +592,29 @@ def test_versions_that_differ_and_where_the_keys_are_is_told(
     assert "encryption_keys - (what its store keeps is not encrypted)" in out
     [told] = objects(run("describe", bot, "--json")[1])
     assert (told["is_encrypted"], told["other_versions"]) == (False, others)
-    check = doctor._check_bot(storage, bot)
+    check = checked()
     assert (check.outcome, check.cure) == ("hint", cure)
     assert others in check.told
 
 
-def test_keys_that_a_bots_node_cannot_read_are_its_nodes_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "cure"),
+    [
+        (EncryptionKeysUnusable, "see to the keys on the nodes of its actors; they are not needed here"),
+        (StoreUnavailable, "see to the store; the bot comes back by itself when its nodes can reach it"),
+    ],
+)
+def test_what_a_bots_nodes_lack_is_mended_there(
+    monkeypatch: pytest.MonkeyPatch, error: type[FsmRayError], cure: str
+) -> None:
     def refuse(*_: object) -> None:
-        raise EncryptionKeysUnusable("they cannot be read")
+        raise error("it cannot be used")
 
     monkeypatch.setattr(Storage, "describe", refuse)
     with Storage() as storage:
-        check = doctor._check_bot(storage, "bot")
+        [check] = doctor._check_bot(storage, directory.Directory(None, 1.0), "bot")
 
-    assert (check.outcome, check.cure) == (
-        "problem",
-        "see to the keys on the nodes of its actors; they are not needed here",
-    )
+    assert (check.outcome, check.cure) == ("problem", cure)
 
 
 @pytest.mark.ray
@@ -966,7 +979,7 @@ def test_a_sound_cluster_has_no_problem(run: Run, bot: str, tmp_path: Path) -> N
     names = [check["name"] for check in checks]
     assert sum(name.endswith(": clock") for name in names) == sum(node["Alive"] for node in ray.nodes())
     assert sum(name.startswith("store from ") for name in names) == 1
-    assert f"bot {bot}" in names
+    assert {f"bot {bot}", f"bot {bot}: connections"} <= set(names)
     assert code == 0
     assert not (tmp_path / "new").exists()
 
@@ -1010,6 +1023,75 @@ def test_without_ray_the_doctor_says_what_it_can(run: Run, monkeypatch: pytest.M
     assert code == cli.EXIT_FAILED
     assert "problem  Ray: no Ray at 127.0.0.1:9: " in out
     assert "to mend it: start Ray, or give --address or RAY_ADDRESS" in out
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_shard_without_its_socket_is_told_and_the_cure_helps(
+    run: Run, bot_name: str, storage: Storage, tmp_path: Path
+) -> None:
+    def connections() -> list[Any]:
+        found = objects(run("doctor", "--json")[1])
+        return [check for check in found if check["name"] == f"bot {bot_name}: connections"]
+
+    storage.init(bot_name, store=f"rocksdb://{tmp_path}", shards=2)
+    bots = directory.Directory(None, DEADLINE_S)
+    endpoints = [bots.locate(bot_name, shard) for shard in range(2)]
+    # The quickest way there is TCP, where the shard is on another node than this process.
+    assert {endpoint.node_id for endpoint in endpoints} == {bots.node_id}
+    Path(endpoints[1].unix_path).unlink()
+    [missed] = connections()
+    run(*missed["cure"].partition("fsm-ray ")[2].split())
+    [mended] = connections()
+
+    assert missed["outcome"] == "problem"
+    assert f"no connection to shard 1 at {endpoints[1].unix_path}: FileNotFoundError: " in missed["told"]
+    assert mended["outcome"] == "ok"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_store_that_is_down_is_told_while_the_bot_still_answers(
+    run: Run, bot_name: str, storage: Storage
+) -> None:
+    def check() -> Any:
+        found = objects(run("doctor", "--json")[1])
+        [check] = [check for check in found if check["name"].startswith(f"bot {bot_name}: store")]
+        return check
+
+    with temporary_directory() as directory, ValkeyServer(directory, fsync="always") as server:
+        storage.init(bot_name, store=server.url, ownership_lease_s=300.0)
+        before = check()
+    after = check()
+
+    assert before["outcome"] == "ok"
+    assert (after["outcome"], after["cure"].split(";")[0]) == ("problem", "see to the store")
+    assert storage.get_state(bot_name, 1) is None
+
+
+def test_a_doctor_without_colours_has_none(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+    def told() -> str:
+        monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+        run("doctor", "--address", "127.0.0.1:9")
+        return terminal.getvalue()
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    coloured = told()
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    assert "\x1b[" in coloured
+    assert "\x1b[" not in told()
+
+
+def test_the_doctor_names_its_own_arguments(run: Run) -> None:
+    for arguments, told in (
+        (["--store", "nowhere"], "--store: no store is known for 'nowhere'; "),
+        (["--store", "env:FSM_RAY_NOWHERE"], "env:FSM_RAY_NOWHERE: the environment variable "),
+    ):
+        code, _, err = run("doctor", *arguments)
+        assert (code, err.startswith(f"fsm-ray: {told}")) == (cli.EXIT_USAGE, True)
 
 
 def test_packages_are_compared_with_what_is_asked_for() -> None:

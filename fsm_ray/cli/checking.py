@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -101,11 +102,16 @@ def doctor(
 
     Checked are: Python and package versions; Ray, and the file in which it remembers its address; on each
     node fsm_ray's version, the directory of its sockets, the clock and the priority of workers; the way to a
-    store; and whether each bot answers.
+    store; and of each bot, whether it answers, over sockets, too, and whether its nodes reach its store.
     """
     from fsm_ray.cli.doctor import examine
     from fsm_ray.cli.texts import printable, to_line
 
+    if store is not None:
+        checked_options(
+            {"store": "--store", "node_resource": "--node-resource"},
+            {"store": store, "node_resource": node_resource},
+        )
     problems = 0
     for check in examine(address, store, node_resource, attach):
         problems += check.outcome == "problem"
@@ -114,11 +120,12 @@ def doctor(
             continue
         mark, colour = _MARKS[check.outcome]
         told = " ".join(check.told.split())
-        typer.echo(f"{typer.style(mark, fg=colour)} {printable(f'{check.name}: {told}')}")
+        styled = mark if os.environ.get("NO_COLOR") else typer.style(mark, fg=colour)
+        typer.echo(f"{styled} {printable(f'{check.name}: {told}')}")
         if check.cure:
-            typer.echo(f"          to mend it: {check.cure}")
+            typer.echo(f"          to mend it: {printable(check.cure)}")
     if not as_json:
-        typer.echo(f"{problems:,} problem{'' if problems == 1 else 's'}" if problems else "All is well.")
+        typer.echo(counted(problems, "problem") if problems else "All is well.")
     if problems:
         raise typer.Exit(EXIT_FAILED)
 

@@ -22,11 +22,22 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import fsm_ray
+from fsm_ray.channel.client import Address, addresses, open_blocking
+from fsm_ray.channel.frames import FrameTooLong
+from fsm_ray.channel.handshake import HandshakeFailed
 from fsm_ray.cli.bots import other_versions, upgrade_cure
-from fsm_ray.errors import EncryptionKeysUnusable, FsmRayError, ProtocolMismatch, RayUnreachable
+from fsm_ray.cli.shared import counted
+from fsm_ray.errors import (
+    EncryptionKeysUnusable,
+    FsmRayError,
+    ProtocolMismatch,
+    RayUnreachable,
+    StoreUnavailable,
+)
 from fsm_ray.options import HEAD_NODE, make_options, redacted
 from fsm_ray.protocol import PROTOCOL_VERSION
 from fsm_ray.routing import directory
+from fsm_ray.routing.directory import BotDescription, Directory
 from fsm_ray.storage import Storage
 
 EXTRAS = (
@@ -47,6 +58,7 @@ MAX_CLOCK_OFFSET_S = 1.0
 
 _NODE_PATIENCE_S = 30.0
 _BOT_PATIENCE_S = 5.0
+_CONNECT_S = 2.0
 _CLOCK_ROUNDS = 5
 
 Sample = tuple[float, float, float]
@@ -80,7 +92,7 @@ def examine(
         yield Check("Ray", "problem", str(error), "start Ray, or give --address or RAY_ADDRESS")
         return
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    yield Check("Ray", "ok", f"{ray.__version__}, {_counted(len(nodes), 'node')}, as this process expects it")
+    yield Check("Ray", "ok", f"{ray.__version__}, {counted(len(nodes), 'node')}, as this process expects it")
     looks = {node["NodeID"]: _ask(node["NodeID"], _look_around()) for node in nodes}
     for node in nodes:
         yield from _check_node(node, looks[node["NodeID"]])
@@ -239,32 +251,113 @@ def _check_bots(address: str | None, patience_s: float) -> Iterator[Check]:
         names = storage.bots()
         if not names:
             yield Check("bots", "ok", "none runs")
+        bots = Directory(address, patience_s)
         with ThreadPoolExecutor(8) as pool:
-            yield from pool.map(lambda name: _check_bot(storage, name), names)
+            for checks in pool.map(lambda name: list(_check_bot(storage, bots, name)), names):
+                yield from checks
 
 
-def _check_bot(storage: Storage, bot_name: str) -> Check:
+def _check_bot(storage: Storage, bots: Directory, bot_name: str) -> Iterator[Check]:
     name = f"bot {bot_name}"
     try:
         description = storage.describe(bot_name)
         records = storage.count(bot_name)
     except FsmRayError as error:
-        cure = "see its actors' logs (`ray list actors`, `ray logs actor --id ...`); `fsm-ray drop` ends it"
-        if isinstance(error, ProtocolMismatch):
-            cure = f"use its version of fsm-ray here; or {upgrade_cure(bot_name)}"
-        elif isinstance(error, EncryptionKeysUnusable):
-            cure = "see to the keys on the nodes of its actors; they are not needed here"
-        return Check(name, "problem", f"it does not answer: {_line(error)}", cure)
+        yield Check(name, "problem", f"it does not answer: {_line(error)}", _cure_of(error, bot_name))
+        return
+    yield _check_answers(description, records)
+    yield from _check_channels(bots, description)
+    yield from _check_its_store(description)
+
+
+def _cure_of(error: FsmRayError, bot_name: str) -> str:
+    """How to mend a bot that answers with this error."""
+    match error:
+        case ProtocolMismatch():
+            return f"use its version of fsm-ray here; or {upgrade_cure(bot_name)}"
+        case EncryptionKeysUnusable():
+            return "see to the keys on the nodes of its actors; they are not needed here"
+        case StoreUnavailable():
+            return _SEE_TO_STORE
+    return "see its actors' logs (`ray list actors`, `ray logs actor --id ...`); `fsm-ray drop` ends it"
+
+
+_SEE_TO_STORE = "see to the store; the bot comes back by itself when its nodes can reach it"
+
+
+def _check_answers(description: BotDescription, records: int) -> Check:
+    """What a bot that answers says of itself."""
+    name = f"bot {description.bot_name}"
     empty = [shard.shard for shard in description.shards if shard.restarted_empty]
     if empty:
         told = f"shards {', '.join(map(str, empty))} were restarted and came back empty"
         return Check(name, "hint", told, "give it a store that outlives its actors")
     if versions := other_versions(description.shards):
-        return Check(name, "hint", f"its actors are of another version. {versions}", upgrade_cure(bot_name))
+        told = f"its actors are of another version. {versions}"
+        return Check(name, "hint", told, upgrade_cure(description.bot_name))
     keys = description.options.encryption_keys
     encrypted = f", encrypted with the keys in {keys} on its nodes" if keys else ""
-    told = f"{_counted(len(description.shards), 'shard')}, {_counted(records, 'record')}{encrypted}"
+    told = f"{counted(len(description.shards), 'shard')}, {counted(records, 'record')}{encrypted}"
     return Check(name, "ok", told)
+
+
+def _check_channels(bots: Directory, description: BotDescription) -> Iterator[Check]:
+    """Whether a client here gets its connections: where it gets none, it makes slower Ray calls silently."""
+    if bots.is_remote:
+        return  # all that goes through Ray Client is Ray calls
+    name = f"bot {description.bot_name}: connections"
+    faults = [
+        check
+        for shard in range(description.options.shards)
+        if (check := _check_channel(bots, description.bot_name, shard, name))
+    ]
+    yield from faults
+    if not faults:
+        yield Check(
+            name, "ok", f"{counted(description.options.shards, 'shard')} can be connected to from here"
+        )
+
+
+def _check_channel(bots: Directory, bot_name: str, shard: int, name: str) -> Check | None:
+    """What keeps a client here from the quickest way to the shard; None if nothing does."""
+    address: Address | None = None
+    try:
+        endpoint = bots.locate(bot_name, shard)
+        address = next(addresses(endpoint, bots.node_id), None)
+        if address is None:
+            raise ConnectionRefusedError("it listens nowhere")  # told as all that is wrong
+        open_blocking(address, endpoint.secret, _CONNECT_S).close()
+    except (OSError, FrameTooLong, HandshakeFailed, FsmRayError) as error:
+        told = f"no connection to shard {shard} at {address}: {_line(error)}; slower Ray calls are made"
+        if isinstance(address, str):
+            return Check(name, "problem", told, _cure_of_socket(error, bot_name))
+        cure = "let workers connect to that address; the bot's option listen_host chooses it"
+        return Check(name, "hint", told, cure)
+    return None
+
+
+def _cure_of_socket(error: Exception, bot_name: str) -> str:
+    if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+        return f"see what removes files there; new actors make new ones: fsm-ray upgrade {bot_name} --force"
+    return "run workers, and this, as the user that Ray runs as"
+
+
+def _check_its_store(description: BotDescription) -> Iterator[Check]:
+    """Whether the bot's nodes reach its store: it answers reads for a while when they do not."""
+    options = description.options
+    if options.store_scheme == "memory":
+        return
+    name = f"bot {description.bot_name}: store"
+    shard_of = {shard.node_id: shard.shard for shard in description.shards}
+    faults = 0
+    for node_id, shard in shard_of.items():
+        found = _ask(node_id, _reach_store(), options.store, description.bot_name, shard)
+        if error := _line(found) if isinstance(found, Exception) else found:
+            faults += 1
+            yield Check(f"{name} from node {node_id[:8]}", "problem", str(error), _SEE_TO_STORE)
+    if not faults:
+        where = counted(len(shard_of), "node")
+        yield Check(name, "ok", f"{redacted(options.store)} can be reached from its {where}")
 
 
 def _ask(node_id: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -322,9 +415,9 @@ def _tell_time() -> Callable[[], float]:
     return tell
 
 
-def _reach_store() -> Callable[[str], str]:
-    def reach(url: str) -> str:
-        """What keeps a shard there from opening a store at the URL; nothing if nothing does."""
+def _reach_store() -> Callable[..., str]:
+    def reach(url: str, bot_name: str = "-", shard: int = 0) -> str:
+        """What keeps a shard there from its store at the URL; nothing if nothing does. It is read alone."""
         import asyncio
         import os
         from pathlib import Path
@@ -334,8 +427,8 @@ def _reach_store() -> Callable[[str], str]:
         from fsm_ray.stores.by_url import inspectable
 
         async def read() -> None:
-            store = inspectable(url)(Place(url=url, bot_name="-", shard=0, shards=1, lease_s=5.0))
-            async for _ in store.rows():
+            place = Place(url=url, bot_name=bot_name, shard=shard, shards=shard + 1, lease_s=5.0)
+            async for _ in inspectable(url)(place).rows():
                 return
 
         try:
@@ -346,7 +439,7 @@ def _reach_store() -> Callable[[str], str]:
         except StoreMismatch:
             return ""  # a database that no bot has used yet
         except FsmRayError as error:
-            return str(error).replace(" (shard 0 of bot '-')", "")
+            return str(error)
         directory = Path(url.partition("://")[2])
         there = next(path for path in (directory, *directory.parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -376,7 +469,3 @@ def _line(error: Exception) -> str:
     """The error in one line; of a task's, the last, which has what went wrong."""
     lines = str(error).strip().splitlines() or [repr(error)]
     return f"{type(error).__name__}: {lines[-1].strip()}"
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
