@@ -27,7 +27,7 @@ from rich.text import Text
 import fsm_ray
 from fsm_ray import AsyncStorage, State, Storage, cli
 from fsm_ray.bench.servers import ValkeyServer, temporary_directory
-from fsm_ray.cli import doctor
+from fsm_ray.cli import bot_checks, doctor, looks
 from fsm_ray.cli.texts import key_text, read_data, read_key, read_position
 from fsm_ray.codec import wire
 from fsm_ray.errors import (
@@ -574,8 +574,8 @@ def test_versions_that_differ_and_where_the_keys_are_is_told(
 
     pretend([Version(), Version()], "env:KEYS")
 
-    def checked() -> doctor.Check:
-        return next(doctor._check_bot(storage, directory.Directory(None, DEADLINE_S), bot))
+    def checked() -> looks.Check:
+        return next(bot_checks.check_bot(storage, directory.Directory(None, DEADLINE_S), bot))
 
     for outcome in (run("describe", bot)[1], checked().told):
         assert "env:KEYS" in outcome
@@ -612,7 +612,7 @@ def test_what_a_bots_nodes_lack_is_mended_there(
 
     monkeypatch.setattr(Storage, "describe", refuse)
     with Storage() as storage:
-        [check] = doctor._check_bot(storage, directory.Directory(None, 1.0), "bot")
+        [check] = bot_checks.check_bot(storage, directory.Directory(None, 1.0), "bot")
 
     assert (check.outcome, check.cure) == ("problem", cure)
 
@@ -1126,7 +1126,7 @@ def test_the_quickest_exchange_tells_the_offset_of_a_clock() -> None:
 def test_a_node_without_fsm_ray_or_with_a_socket_directory_of_others_is_told(cluster: RayCluster) -> None:
     node = ray.nodes()[0]
     absent = {"fsm_ray": None, "error": "No module named 'fsm_ray'"}
-    look = doctor._look_around()()
+    look = looks.look_around()()
     blocked = look | {"socket_error": "/tmp/fsm_ray-0 must be a directory", "socket_cure": "mend it"}
     nice = look | {"niceness": 15, "is_root": False}
 
