@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray._private import services
 from rich.console import Console
 
 import fsm_ray
@@ -297,6 +298,26 @@ main()
         assert code == cli.EXIT_UNAVAILABLE
         assert told.startswith("fsm-ray: no Ray at 127.0.0.1:9: ")
         assert told.count("\n") == 1
+
+    @pytest.mark.usefixtures("no_ray")
+    def test_a_ray_that_is_gone_is_not_looked_for(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """One that was killed leaves its address behind; `ray.init` looks for it there for minutes."""
+        asked = []
+
+        def init(address: str, **_: Any) -> None:
+            asked.append(address)
+            raise ConnectionError("not today")
+
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        monkeypatch.setattr(services, "canonicalize_bootstrap_address", lambda _address: "127.0.0.1:9")
+        monkeypatch.setattr(ray, "init", init)
+        code = run_here(monkeypatch, "demo", "--updates", "10")
+
+        assert asked == ["local"]
+        assert code == cli.EXIT_UNAVAILABLE
+        assert "not today" in capsys.readouterr().err
 
     @pytest.mark.usefixtures("no_ray")
     def test_no_ray_is_started_to_keep_a_bot_on(

@@ -156,9 +156,7 @@ def _print(each: Conversation, *, as_json: bool) -> bool:
 
 
 def _tell_left_out(key: Hashable, error: FsmRayError) -> None:
-    from fsm_ray.cli.texts import printable
-
-    tell(printable(f"{key!r} is left out: {error}"))
+    tell(f"{key!r} is left out: {error}")
 
 
 def _conversation(each: Conversation, *, as_json: bool) -> str:

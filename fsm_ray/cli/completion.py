@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 
@@ -39,6 +40,8 @@ def _running(address: str | None) -> list[str]:
     found = directory.find_running(address)
     if found is None:
         return []
+    if not directory.named_address(address):
+        _take_token()
     store = GlobalState()
     store._initialize_global_state(  # noqa: SLF001  # what Ray's own commands use, and its public ones attach
         GcsClientOptions.create(found, None, allow_cluster_id_nil=True, fetch_cluster_id_if_nil=True)
@@ -53,3 +56,11 @@ def _running(address: str | None) -> list[str]:
         each["Name"].rpartition("/") for each in actors if each["ActorClassName"] == NamespaceActor.__name__
     ]
     return sorted(bot_name for bot_name, _, shard in names if shard == "0")
+
+
+def _take_token() -> None:
+    """Use the token that Ray keeps here, as `ray.init` does for a cluster that it finds by itself."""
+    with contextlib.suppress(ImportError):  # an older Ray, which has no tokens
+        from ray._private.authentication import authentication_token_setup
+
+        authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)

@@ -275,7 +275,7 @@ def _finish_import(report: Report, bot_name: str, *, as_json: bool) -> None:
 
 def _finish(report: Report, told: str, *, as_json: bool, err: bool = False) -> None:
     """Tell what became of the conversations; fail if some were left out."""
-    from fsm_ray.cli.texts import printable, to_line
+    from fsm_ray.cli.texts import to_line
 
     if as_json:
         refused = [{"source": each.source, "reason": each.reason} for each in report.refused]
@@ -285,7 +285,7 @@ def _finish(report: Report, told: str, *, as_json: bool, err: bool = False) -> N
     else:
         typer.echo(told, err=err)
         for each in report.refused[:_SHOWN_REFUSALS]:
-            tell(printable(f"left out {each.source}: {each.reason}"))
+            tell(f"left out {each.source}: {each.reason}")
         if len(report.refused) > _SHOWN_REFUSALS:
             tell(f"and {len(report.refused) - _SHOWN_REFUSALS:,} more; --json tells all")
     if report.refused:
@@ -375,7 +375,5 @@ def _source_errors(source: str) -> Iterator[None]:
 
 
 def _fail(what: str, code: int) -> NoReturn:
-    from fsm_ray.cli.texts import printable
-
-    tell(printable(f"fsm-ray: {' '.join(what.split())}"))
+    tell(f"fsm-ray: {' '.join(what.split())}")
     raise typer.Exit(code)

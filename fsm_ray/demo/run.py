@@ -6,7 +6,6 @@ import asyncio
 import logging
 import secrets
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Hashable, Iterator
@@ -14,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import ray
 from rich.console import Console
@@ -30,20 +28,18 @@ from fsm_ray.demo.report import Report, count_states, find_differences
 from fsm_ray.demo.updates import Conversation, generate_updates, read_updates, write_updates
 from fsm_ray.errors import (
     ConfigurationError,
-    FsmRayError,
     InvalidInput,
     NamespaceUnavailable,
-    RayUnreachable,
     UnknownBot,
 )
 from fsm_ray.options import HEAD_NODE, redacted
-from fsm_ray.routing.directory import BotDescription
+from fsm_ray.routing.directory import BotDescription, attach, find_running
 from fsm_ray.storage import Storage
 
 _LARGEST_BATCH = 100
 _SAMPLE = 100
-_PROBE_S = 5.0
 _DROP_S = 15.0
+_QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
 
 
 @dataclass(frozen=True)
@@ -205,47 +201,20 @@ def _ray(config: DemoConfig, display: Display) -> Iterator[None]:
 
 def _attach(config: DemoConfig) -> bool:
     """Attach to the Ray at the address, to one on this machine, or to a new one; True if it is new."""
-    try:
-        if config.address != "local" and _is_found(config.address):
-            return False
-        _start(config)
-    except FsmRayError:
-        raise
-    except Exception as error:  # ray.init raises Exception itself when its processes do not come up
-        # The last line of the cause tells, for one, that this Ray wants a token (RAY_AUTH_MODE=token).
-        reason = str(error.__cause__ or error).strip().splitlines()[-1]
-        raise RayUnreachable(f"no Ray at {config.address or 'this machine'}: {reason}") from error
-    return True
-
-
-def _is_found(address: str | None) -> bool:
-    """Attach to a Ray that runs; False where none was named and none is there."""
-    _probe(address or "auto")
-    try:
-        ray.init(address=address or "auto", logging_level=logging.ERROR, log_to_driver=False)
-    except ConnectionError:
-        if address is not None:
-            raise
+    if config.address != "local" and _is_there(config.address):
+        attach(config.address, may_start=False, **_QUIET)
         return False
-    return True
-
-
-def _start(config: DemoConfig) -> None:
     if config.keep:
         raise ConfigurationError(
             "there is no Ray to keep the bot on: start one with `ray start --head`, or leave --keep out"
         )
-    ray.init(
-        address="local",
-        num_cpus=config.workers,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
+    attach("local", num_cpus=config.workers, include_dashboard=False, **_QUIET)
+    return True
 
 
-def _probe(address: str) -> None:
-    """Fail at once where nothing listens: Ray itself would try for minutes."""
-    parts = urlsplit(address if "//" in address else f"//{address}")
-    if parts.hostname and parts.port:
-        socket.create_connection((parts.hostname, parts.port), timeout=_PROBE_S).close()
+def _is_there(address: str | None) -> bool:
+    """Whether a Ray is named, or runs on this machine."""
+    try:
+        return find_running(address, may_start=True) is not None
+    except OSError:
+        return True  # it does not answer: `attach` says so

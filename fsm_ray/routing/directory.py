@@ -95,6 +95,9 @@ def attach(address: str | None, *, may_start: bool = True, **settings: Any) -> N
         found = find_running(address, may_start=may_start)
         if found in {None, "local"} and not may_start:
             raise ConnectionError("none runs here")  # noqa: TRY301  # told as all that is wrong with Ray
+        if found and not named_address(address):
+            # For a cluster that it finds by itself, and no other, Ray takes the token that it keeps here.
+            found = "auto"
         # "local" takes no notice of the address file that an earlier Ray may have left behind.
         ray.init(address=found or "local", **settings)
     except Exception as error:
@@ -115,19 +118,19 @@ def find_running(address: str | None, *, may_start: bool = False) -> str | None:
     Raises:
         OSError: nobody answers there.
     """
-    named = address or _from_environment()
+    named = named_address(address)
     return _answering(named) if named else _running_ray(may_start=may_start)
 
 
-def _from_environment() -> str | None:
-    """What RAY_ADDRESS names, as `ray.init` would take it from there; "auto" names nothing."""
-    named = os.environ.get("RAY_ADDRESS")
-    return None if named == "auto" else named
+def named_address(address: str | None) -> str | None:
+    """The address, or else that of RAY_ADDRESS, as `ray.init` takes it from there; None: there is neither."""
+    from_environment = os.environ.get("RAY_ADDRESS")
+    return address or (None if from_environment == "auto" else from_environment)
 
 
 def _place(address: str | None) -> str:
     """Where Ray was looked for."""
-    named = _from_environment()
+    named = named_address(address)
     return address or (f"{named}, which RAY_ADDRESS names" if named else "this machine")
 
 
