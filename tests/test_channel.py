@@ -360,6 +360,23 @@ class TestFrames:
 
         assert trusting.bodies == [b"short", b"x" * 1000]
 
+    @pytest.mark.parametrize("piece_size", [1, 5, 1000])
+    def test_after_its_end_nothing_more_is_handed_out_or_kept(self, piece_size: int) -> None:
+        class Ending(Collector):
+            def frame_received(self, body: bytes) -> None:
+                super().frame_received(body)
+                if body == b"last":
+                    self.end()
+
+        ending = Ending()
+        stream = frame(b"first") + frame(b"last") + frame(b"after") * 3 + b"\xff\xff\xff\xff"
+        for start in range(0, len(stream), piece_size):
+            ending.data_received(stream[start : start + piece_size])
+        ending.go_on()
+
+        assert (ending.bodies, ending.errors) == ([b"first", b"last"], [])
+        assert not ending._partial
+
     def test_what_was_given_stays_as_it_is(self) -> None:
         collector = Collector()
         collector.data_received(frame(b"one") + frame(b"two") + frame(b"three")[:-1])

@@ -191,7 +191,7 @@ class TestStrangers:
                 stranger.wait_for_end()
         running.until(lambda: not running.server._unproved and not running.server.connections)
 
-    def test_thousands_of_strangers_cause_one_line_in_the_log(
+    def test_strangers_who_come_and_go_cause_one_line_in_the_log(
         self,
         running: RunningServer,
         address: Address,
@@ -231,6 +231,37 @@ class TestStrangers:
             assert len(connection._partial) == 131
             stranger.send(b"x" * 100_000)
             stranger.wait_for_end()
+
+    @pytest.mark.parametrize("length", [0, 64, 128])
+    def test_a_stranger_who_sends_many_proofs_at_once_has_one_of_them_looked_at(
+        self, running: RunningServer, address: Address, monkeypatch: pytest.MonkeyPatch, length: int
+    ) -> None:
+        looked_at: list[bytes] = []
+
+        def verify(secret: bytes, challenge: bytes, response: bytes, transport: bytes) -> bytes:
+            looked_at.append(response)
+            return really_verify(secret, challenge, response, transport)
+
+        really_verify = handshake.verify
+        monkeypatch.setattr(handshake, "verify", verify)
+        with Peer(address) as stranger:
+            stranger.receive()
+            stranger.send(frame(bytes(length)) * (CHUNK // (4 + length)))
+            stranger.wait_for_end()
+
+        assert looked_at == [bytes(length)]
+
+    def test_for_whom_there_is_no_room_nothing_is_done_that_came_with_its_proof(
+        self, running: RunningServer, address: Address, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(server, "MAX_CONNECTIONS", 0)
+        with Peer(address) as peer:
+            response, _ = handshake.respond(running.secret, peer.receive(), peer.transport)
+            peer.send(frame(response) + frame(b"request") * 100)
+            peer.wait_for_end()
+
+        assert running.server._tally.connections_refused == 1
+        assert running.requests == []
 
 
 class FakeSender:

@@ -63,8 +63,7 @@ class ClientConnection(FrameProtocol):
     def close(self) -> None:
         """End the connection without `on_lost`."""
         self._on_lost = _nothing
-        if self._transport is not None:
-            self._transport.abort()
+        self._abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
@@ -91,6 +90,10 @@ class ClientConnection(FrameProtocol):
     def malformed(self, error: Exception) -> None:
         if not self.opened.done():
             self.opened.set_exception(HandshakeFailed(f"what listens there is no fsm_ray shard: {error}"))
+        self._abort()
+
+    def _abort(self) -> None:
+        self.end()
         if self._transport is not None:
             self._transport.abort()
 

@@ -18,6 +18,7 @@ class FrameProtocol(asyncio.Protocol):
     def __init__(self) -> None:
         self._partial = bytearray()
         self._is_held = False
+        self._is_ended = False
         self._is_cutting = False
 
     def frame_received(self, body: bytes) -> None:
@@ -25,7 +26,7 @@ class FrameProtocol(asyncio.Protocol):
         raise NotImplementedError
 
     def malformed(self, error: Exception) -> None:
-        """Take note that the peer breaks the rules; nothing more of this stream is read."""
+        """Take note that the peer breaks the rules; nothing more of this stream is handed out."""
         raise NotImplementedError
 
     def left_over(self, length: int, *, is_next: bool) -> None:
@@ -40,8 +41,13 @@ class FrameProtocol(asyncio.Protocol):
 
     def go_on(self) -> None:
         """Hand out what was held back, as far as nobody holds it again."""
-        self._is_held = False
+        self._is_held = self._is_ended
         self._cut()
+
+    def end(self) -> None:
+        """Hand out nothing more, for good: what a peer sent before its end is not to keep anybody busy."""
+        self._is_held = self._is_ended = True
+        self._partial.clear()
 
     def data_received(self, data: bytes) -> None:
         # Nearly always, what arrives is one whole frame.
@@ -51,9 +57,9 @@ class FrameProtocol(asyncio.Protocol):
             and not self._is_held
         ):
             self.frame_received(data[4:])
-            return
-        self._partial += data
-        self._cut()
+        elif not self._is_ended:
+            self._partial += data
+            self._cut()
 
     def _cut(self) -> None:
         if not self._is_cutting:  # else the loop below goes on by itself
@@ -68,7 +74,7 @@ class FrameProtocol(asyncio.Protocol):
         while end - start >= 4 and not self._is_held:  # noqa: PLR2004  # bytes of the length
             length = int.from_bytes(self._partial[start : start + 4], "little")
             if length > self.max_frame_bytes:
-                self._partial.clear()
+                self.end()
                 self.malformed(
                     FrameTooLong(f"a frame of {length:,} bytes; at most {self.max_frame_bytes:,} are taken")
                 )

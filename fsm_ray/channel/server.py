@@ -110,8 +110,7 @@ class ServerConnection(FrameProtocol):
     def malformed(self, error: Exception) -> None:
         if self._transport is not None:
             self._server.refused(error)
-            self._transport.abort()
-            self._transport = None
+            self.close()
 
     def pause_writing(self) -> None:
         # Who does not read replies is not served, and not read from: what waits for it stays bounded.
@@ -152,7 +151,9 @@ class ServerConnection(FrameProtocol):
 
     def close(self) -> None:
         if self._transport is not None:
+            self.end()
             self._transport.abort()
+            self._transport = None
 
     def _read_on(self) -> None:
         if self._transport is not None and not self._is_held and not self._waits_for_room:
