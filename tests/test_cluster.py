@@ -44,6 +44,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 KEY = (1, 42)
 LOCAL = BotOptions(listen_host="127.0.0.1")
 
+both_transports = pytest.mark.parametrize("transport", ["auto", "ray"])
+
 
 @pytest.fixture
 def storage(cluster: RayCluster) -> Iterator[Storage]:
@@ -747,18 +749,58 @@ def test_a_dropped_bot_leaves_no_actor_and_no_socket(storage: Storage, bot_name:
     assert not any(path.exists() for path in paths)
 
 
-def test_a_bot_that_was_made_anew_is_found_again_by_old_storages(storage: Storage, bot_name: str) -> None:
+@both_transports
+def test_a_bot_that_was_made_anew_is_found_again_by_old_storages(
+    storage: Storage, bot_name: str, transport: Transport
+) -> None:
     storage.init(bot_name, shards=1)
-    with Storage(timeout_s=30) as old:
-        old.set_state(bot_name, KEY, State(state="first life"))
+    key = next(key for key in range(100) if _shard_of(key, 2) == 1)
+    with Storage(timeout_s=30, transport=transport) as old:
+        old.set_state(bot_name, key, State(state="first life"))
         storage.drop(bot_name)
         storage.init(bot_name, shards=2)
 
         with pytest.raises(UnknownBot, match="call again"):
-            old.set_state(bot_name, KEY, State(state="second life"))
-        old.set_state(bot_name, KEY, State(state="second life"))
+            old.set_state(bot_name, key, State(state="second life"))
+        old.set_state(bot_name, key, State(state="second life"))
 
-        assert storage.get_state(bot_name, KEY) == State(state="second life")
+        assert storage.get_state(bot_name, key) == State(state="second life")
+
+
+@both_transports
+async def test_a_bot_that_was_made_anew_is_found_again_by_old_loops(
+    storage: Storage, bot_name: str, transport: Transport
+) -> None:
+    await asyncio.to_thread(storage.init, bot_name, shards=1)
+    key = next(key for key in range(100) if _shard_of(key, 2) == 1)
+    async with AsyncStorage(timeout_s=30, transport=transport) as old:
+        await old.set_state(bot_name, key, State(state="first life"))
+        await asyncio.to_thread(storage.drop, bot_name)
+        await asyncio.to_thread(storage.init, bot_name, shards=2)
+
+        with pytest.raises(UnknownBot, match="call again"):
+            await old.set_state(bot_name, key, State(state="second life"))
+        await old.set_state(bot_name, key, State(state="second life"))
+
+    assert storage.get_state(bot_name, key) == State(state="second life")
+
+
+@both_transports
+def test_a_bot_that_was_made_anew_with_fewer_shards_is_found_again_by_keys_of_those_that_are_gone(
+    storage: Storage, bot_name: str, transport: Transport
+) -> None:
+    storage.init(bot_name, shards=2)
+    key = next(key for key in range(100) if _shard_of(key, 2) == 1)
+    with Storage(timeout_s=30, transport=transport) as old:
+        old.set_state(bot_name, key, State(state="first life"))
+        storage.drop(bot_name)
+        storage.init(bot_name, shards=1)
+
+        with pytest.raises(UnknownBot, match=r"fewer shards \(1\): call again"):
+            old.set_state(bot_name, key, State(state="second life"))
+        old.set_state(bot_name, key, State(state="second life"))
+
+        assert storage.get_state(bot_name, key) == State(state="second life")
 
 
 def test_no_thread_is_left_behind(storage: Storage, bots: Bots) -> None:

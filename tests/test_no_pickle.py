@@ -18,7 +18,8 @@ from aiogram.fsm.storage.base import StorageKey
 
 from fsm_ray import AsyncStorage, Flow, State, Storage
 from fsm_ray.adapters.aiogram import RayStorage
-from fsm_ray.errors import PickleNotAllowed
+from fsm_ray.errors import PickleNotAllowed, UnknownBot
+from fsm_ray.storage import Transport
 from fsm_ray.transfer import export, import_
 from fsm_ray.transfer.typed_json import data_to_json
 from tests.conftest import DEADLINE_S, RayCluster
@@ -52,9 +53,9 @@ def trap(tmp_path: Path) -> Iterator[Trap]:
     assert not trap.path.exists(), "it was unpickled"
 
 
-@pytest.fixture(scope="module")
-def storage(cluster: RayCluster) -> Iterator[Storage]:
-    with Storage(timeout_s=DEADLINE_S) as storage:
+@pytest.fixture(scope="module", params=["auto", "ray"])
+def storage(cluster: RayCluster, request: pytest.FixtureRequest) -> Iterator[Storage]:
+    with Storage(timeout_s=DEADLINE_S, transport=request.param) as storage:
         storage.init(BOT, allow_pickle=False)
         yield storage
         storage.drop(BOT)
@@ -126,6 +127,24 @@ def test_nothing_pickled_goes_in_by(door: str, plain: Storage, trap: Trap) -> No
     assert before is not None
     assert after.version == before.version
     assert plain.get_state(BOT, OTHER) is None
+
+
+@pytest.mark.parametrize("transport", ["auto", "ray"])
+def test_nothing_pickled_goes_in_by_a_storage_that_knows_the_bot_from_when_it_was_allowed(
+    cluster: RayCluster, bot_name: str, trap: Trap, transport: Transport
+) -> None:
+    with Storage(timeout_s=DEADLINE_S) as admin, Storage(timeout_s=DEADLINE_S, transport=transport) as old:
+        admin.init(bot_name)
+        old.set_data(bot_name, KEY, {"n": 1})
+        admin.drop(bot_name)
+        admin.init(bot_name, allow_pickle=False)
+
+        with pytest.raises(UnknownBot, match="call again"):
+            old.set_data(bot_name, KEY, {"x": trap})
+        with pytest.raises(PickleNotAllowed):
+            old.set_data(bot_name, KEY, {"x": trap})
+
+        assert admin.get_data(bot_name, KEY) is None
 
 
 WAYS_OUT: dict[str, Callable[[Storage], Any]] = {

@@ -334,7 +334,9 @@ class BlockingShard:
                     return self._connection
             if attempt == 0:
                 raise NamespaceUnavailable(f"shard {self._shard} of bot {bot_name!r} is not where it was")
-        self._connection = BlockingRayCall(self._directory.handle(bot_name, self._shard), timeout_s)
+        handle, options = self._directory.handle(bot_name, self._shard)
+        self._route.check_options(options)
+        self._connection = BlockingRayCall(handle, timeout_s)
         self._tally.connections += 1
         return self._connection
 

@@ -31,10 +31,11 @@ from fsm_ray.errors import (
     NamespaceUnavailable,
     ProtocolMismatch,
     RayUnreachable,
+    UnknownBot,
 )
 from fsm_ray.hosting import ShardDescription
 from fsm_ray.metrics.client import OF_THIS_PROCESS
-from fsm_ray.notes import Version, find_mark
+from fsm_ray.notes import Version, find_mark, noted_version
 from fsm_ray.options import BotOptions, check_bot_name, whereabouts
 from fsm_ray.upgrade import ReplacedShard, upgrade_shards
 
@@ -219,33 +220,32 @@ class Directory:
         """Where the shard listens now, by Ray's word.
 
         Raises:
-            UnknownBot
+            UnknownBot: there is no such bot, or it was made anew with fewer shards.
             ProtocolMismatch: it is of another version, and no upgrade to this one is under way.
             NamespaceUnavailable: the shard is being restarted, or about to be replaced.
             RayUnreachable: this is a forked process.
         """
-        self._attach()
-        handle = actor.find_shard(bot_name, shard)
+        handle = self._find(bot_name, shard)
         endpoint: Endpoint = actor.call(handle.endpoint.remote(self.node_id), bot_name, self._timeout_s)
         self._check_protocol(bot_name, shard, endpoint.protocol_version)
         self._endpoints[bot_name, shard] = endpoint
         return endpoint
 
-    def handle(self, bot_name: str, shard: int) -> ActorHandle[NamespaceActor]:
-        """The shard's actor, for calls without a channel; it has just answered one.
+    def handle(self, bot_name: str, shard: int) -> tuple[ActorHandle[NamespaceActor], BotOptions]:
+        """The shard's actor, for calls without a channel, and the options that it has just told.
 
         Raises:
             UnknownBot, ProtocolMismatch, NamespaceUnavailable: as `locate`.
         """
-        self._attach()
-        handle = actor.find_shard(bot_name, shard)
-        version = actor.version_of(handle, bot_name, shard, self._timeout_s)
+        handle = self._find(bot_name, shard)
+        options: BotOptions = actor.call(handle.options.remote(), bot_name, self._timeout_s)
+        version = noted_version(bot_name, shard, handle._actor_id.hex())  # noqa: SLF001  # as actor.version_of
         if version is None:
             raise NamespaceUnavailable(
                 f"shard {shard} of bot {bot_name!r} does not answer, or is about to end", bot=bot_name
             )
         self._check_protocol(bot_name, shard, version.protocol)
-        return handle
+        return handle, options
 
     def forget(self, bot_name: str) -> None:
         """Drop what is known of a bot that is gone or was made anew."""
@@ -311,6 +311,21 @@ class Directory:
     def node_id(self) -> str:
         """Ray's id of the node that this process runs on."""
         return self._node_id
+
+    def _find(self, bot_name: str, shard: int) -> ActorHandle[NamespaceActor]:
+        """The shard's actor; raises as `locate`."""
+        self._attach()
+        try:
+            return actor.find_shard(bot_name, shard)
+        except NamespaceUnavailable as error:
+            # Whoever knows the bot from before would wait in vain for a shard that it has no more.
+            shards = actor.running_options(bot_name, self._timeout_s).shards
+            if shard < shards:
+                raise
+            raise UnknownBot(
+                f"bot {bot_name!r} was dropped and initialised anew with fewer shards ({shards}): call again",
+                bot=bot_name,
+            ) from error
 
     def _check_protocol(self, bot_name: str, shard: int, theirs: int) -> None:
         try:

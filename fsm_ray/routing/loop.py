@@ -203,6 +203,7 @@ class Shard:
 
         Raises:
             NamespaceUnavailable: the shard is not there at the moment.
+            UnknownBot: the bot is gone, or was made anew with other options.
         """
         find = self._directory.known_endpoint if is_first else self._directory.locate
         bot_name = self._route.bot_name
@@ -216,7 +217,10 @@ class Shard:
                     logger.info("no connection to %s: %s", address, error)
             if is_first:
                 raise NamespaceUnavailable(f"shard {self._shard} of bot {bot_name!r} is not where it was")
-        handle = await self._loop.run_in_executor(None, self._directory.handle, bot_name, self._shard)
+        handle, options = await self._loop.run_in_executor(
+            None, self._directory.handle, bot_name, self._shard
+        )
+        self._route.check_options(options)
         return RayCallConnection(handle, self._on_reply, self._on_lost)
 
     def _too_late(self, *, outcome_unknown: bool) -> FsmRayError:
