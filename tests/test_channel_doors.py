@@ -18,16 +18,18 @@ from pathlib import Path
 
 import pytest
 
-from fsm_ray.channel import client, handshake, intake, server, tls
+from fsm_ray.channel import client, handshake, intake, outflow, server, tls
 from fsm_ray.channel.client import Address, open_blocking
 from fsm_ray.channel.handshake import HandshakeFailed
 from fsm_ray.channel.intake import Intake
-from fsm_ray.channel.server import socket_directory
+from fsm_ray.channel.outflow import PATIENCE_S, Outflow
+from fsm_ray.channel.server import ServerConnection, socket_directory
 from fsm_ray.errors import ConfigurationError
 from fsm_ray.protocol import PROTOCOL_VERSION, frame
 
 from .certificates import Authority
 from .test_channel import DEADLINE_S, LOOPS, SECRET, LoopClient, Peer, RunningServer, listener_that
+from .test_lanes import FakeClock
 
 NOBODY = 65_534
 REFUSED = (OSError, HandshakeFailed)
@@ -458,36 +460,196 @@ class TestSlowSenders:
         running.until(lambda: not running.server.intake._begun)
 
 
+class FakeReader:
+    """A client for which so much waits; notes why it is closed."""
+
+    def __init__(self, unsent_bytes: int) -> None:
+        self.unsent_bytes = unsent_bytes
+        self.errors: list[str] = []
+
+    def malformed(self, error: Exception) -> None:
+        self.errors.append(str(error))
+
+
+class TestOutflow:
+    @pytest.fixture
+    async def clock(self, monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+        clock = FakeClock()
+        monkeypatch.setattr(asyncio.get_running_loop(), "time", clock)
+        return clock
+
+    @pytest.fixture
+    def outflow(self, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> Outflow:
+        monkeypatch.setattr(outflow, "MAX_BYTES", 1_000)
+        return Outflow()
+
+    def slow(self, outflow: Outflow, *unsent_bytes: int) -> list[FakeReader]:
+        readers = [FakeReader(each) for each in unsent_bytes]
+        for reader in readers:
+            outflow.begun(reader)
+        return readers
+
+    async def test_up_to_the_bound_nobody_is_closed(self, outflow: Outflow, clock: FakeClock) -> None:
+        readers = self.slow(outflow, 600, 400)
+        await clock.advance(10 * PATIENCE_S)
+
+        assert [each.errors for each in readers] == [[], []]
+
+    async def test_past_it_those_with_most_who_take_nothing_are_closed_until_the_rest_fits(
+        self, outflow: Outflow, clock: FakeClock
+    ) -> None:
+        readers = self.slow(outflow, 300, 600, 500, 400)
+        await clock.advance(PATIENCE_S - 0.1)
+        before = [len(each.errors) for each in readers]
+        await clock.advance(0.1)
+
+        assert before == [0, 0, 0, 0]
+        assert [each.errors for each in readers] == [
+            [],
+            ["it does not read its replies: 600 bytes wait"],
+            ["it does not read its replies: 500 bytes wait"],
+            [],
+        ]
+
+    async def test_who_takes_something_is_not_closed_though_it_has_most(
+        self, outflow: Outflow, clock: FakeClock
+    ) -> None:
+        stuck, reading = self.slow(outflow, 500, 5_000)
+        reading.unsent_bytes -= 1
+        await clock.advance(PATIENCE_S)
+
+        assert [len(each.errors) for each in (reading, stuck)] == [0, 1]
+
+    async def test_who_stops_reading_later_is_closed_then(self, outflow: Outflow, clock: FakeClock) -> None:
+        other, one = self.slow(outflow, 500, 5_000)
+        for _ in range(3):
+            one.unsent_bytes -= 1
+            other.unsent_bytes -= 1
+            await clock.advance(PATIENCE_S)
+        so_far = [*one.errors, *other.errors]
+        await clock.advance(PATIENCE_S)
+
+        assert so_far == []
+        assert [len(each.errors) for each in (one, other)] == [1, 0]
+
+    async def test_the_only_slow_one_is_not_closed_for_nobody_needs_the_room(
+        self, outflow: Outflow, clock: FakeClock
+    ) -> None:
+        (only,) = self.slow(outflow, 5_000)
+        await clock.advance(3 * PATIENCE_S)
+        assert only.errors == []
+
+        self.slow(outflow, 1)
+        await clock.advance(PATIENCE_S)
+        await clock.advance(PATIENCE_S)
+        assert len(only.errors) == 1
+
+    async def test_what_is_added_does_not_hide_that_a_client_reads(
+        self, outflow: Outflow, clock: FakeClock
+    ) -> None:
+        stuck, reading = self.slow(outflow, 10, 2_000)
+        reading.unsent_bytes += 500 - 1
+        outflow.added(reading, 500)
+        stuck.unsent_bytes += 5
+        outflow.added(stuck, 5)
+        await clock.advance(PATIENCE_S)
+
+        assert [len(each.errors) for each in (reading, stuck)] == [0, 1]
+
+    async def test_who_has_just_become_slow_gets_as_much_time_as_others(
+        self, outflow: Outflow, clock: FakeClock
+    ) -> None:
+        one, other = self.slow(outflow, 500, 2_000)
+        await clock.advance(PATIENCE_S - 0.1)
+        one.unsent_bytes, other.unsent_bytes = 490, 1_990
+        (late,) = self.slow(outflow, 3_000)
+        await clock.advance(0.1)
+
+        assert [each.errors for each in (one, other, late)] == [[], [], []]
+
+    async def test_who_has_read_enough_or_is_gone_counts_no_more(
+        self, outflow: Outflow, clock: FakeClock
+    ) -> None:
+        readers = self.slow(outflow, 900, 800, 100)
+        outflow.ended(readers[1])
+        outflow.added(readers[1], 5_000)
+        await clock.advance(PATIENCE_S)
+
+        assert [each.errors for each in readers] == [[], [], []]
+
+
 class TestSlowReaders:
     REPLY = b"r" * (1 << 20)
 
-    def test_past_the_bound_the_client_with_most_unread_is_closed_alone(
-        self,
-        running: RunningServer,
-        address: Address,
-        monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture,
-    ) -> None:
-        monkeypatch.setattr(server, "MAX_UNSENT_BYTES", 16 << 20)
+    @pytest.fixture(autouse=True)
+    def _bound(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(outflow, "MAX_BYTES", 16 << 20)
+
+    def reply_to(self, running: RunningServer, peer: Peer, count: int) -> ServerConnection:
+        """Have so many replies written to this peer at once; return its connection."""
         answers: list[Callable[[bytes], None]] = []
         running.respond = lambda _, answer: answers.append(answer)
+        peer.shake_hands(running.secret)
+        peer.send(frame(b"?"))
+        running.until(lambda: answers)
+        running.call(lambda: [answers[0](frame(self.REPLY)) for _ in range(count)])
+        connection: ServerConnection = answers[0].__self__  # type: ignore[attr-defined]
+        return connection
 
-        def reply(count: int) -> None:
-            for _ in range(count):
-                answers[-1](frame(self.REPLY))
-
+    def test_past_the_bound_the_client_with_most_unread_is_closed_alone(
+        self, running: RunningServer, address: Address, caplog: pytest.LogCaptureFixture
+    ) -> None:
         with Peer(address) as lesser, Peer(address) as worst:
-            for peer, count in ((lesser, 6), (worst, 20)):
-                peer.shake_hands(running.secret)
-                so_far = len(answers)
-                peer.send(frame(b"?"))
-                running.until(lambda before=so_far: len(answers) > before)  # type: ignore[misc]
-                running.call(lambda count=count: reply(count))  # type: ignore[misc]
-            worst.wait_for_end()
+            self.reply_to(running, lesser, 12)
+            self.reply_to(running, worst, 20)
+            running.call(running.server.outflow._look)
+            running.until(lambda: len(running.server.connections) == 1)
 
-            assert [lesser.receive() for _ in range(6)] == [self.REPLY] * 6
+            assert [lesser.receive() for _ in range(12)] == [self.REPLY] * 12
         (line,) = [record.getMessage() for record in caplog.records]
         assert "does not read its replies" in line
+
+    def test_a_client_that_reads_gets_what_is_past_the_bound_and_who_does_not_gives_way(
+        self, running: RunningServer, address: Address
+    ) -> None:
+        with Peer(address) as stuck, Peer(address) as reading:
+            self.reply_to(running, stuck, 12)
+            connection = self.reply_to(running, reading, 48)
+            before = running.call(lambda: connection.unsent_bytes)
+            replies = [reading.receive() for _ in range(12)]
+            running.until(lambda: connection.unsent_bytes < before)
+            running.call(running.server.outflow._look)
+            running.until(lambda: running.server.connections == {connection})
+            replies += [reading.receive() for _ in range(36)]
+
+        assert replies == [self.REPLY] * 48
+
+    def test_of_a_reply_that_nobody_reads_all_but_a_little_is_known_to_wait(
+        self, running: RunningServer, address: Address
+    ) -> None:
+        length = 64 << 20
+        running.respond = lambda _, __: frame(b"r" * length)
+        with Peer(address) as peer:
+            peer.shake_hands(running.secret)
+            peer.send(frame(b"?"))
+            running.until(lambda: running.requests)
+            (connection,) = running.server.connections
+
+            assert connection.unsent_bytes > length * 3 // 4
+            assert connection._is_held
+
+    def test_of_requests_that_came_together_few_are_answered_to_a_client_that_does_not_read(
+        self, running: RunningServer, address: Address
+    ) -> None:
+        running.respond = lambda _, __: frame(self.REPLY)
+        with Peer(address) as peer:
+            peer.shake_hands(running.secret)
+            peer.send(frame(b"?") * 100)
+            (connection,) = running.server.connections
+            running.until(lambda: connection._is_held)
+
+            assert running.call(lambda: connection.unsent_bytes) < 2 * len(self.REPLY)
+            assert [peer.receive() for _ in range(100)] == [self.REPLY] * 100
 
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")

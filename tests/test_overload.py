@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from fsm_ray import across, hosting, protocol, sessions
+from fsm_ray.channel import outflow
 from fsm_ray.channel.handshake import Endpoint
 from fsm_ray.errors import (
     NamespaceUnavailable,
     OutcomeUnknown,
     Overloaded,
+    RecordTooLarge,
     ScanInterrupted,
 )
 from fsm_ray.hosting import ShardHost
@@ -21,6 +23,7 @@ from fsm_ray.options import BotOptions
 from fsm_ray.protocol import COUNT, GRANTS, KINDS, READ_CONTENT, READ_RECORD, SCAN, TURN, WATCH, WRITE
 from fsm_ray.routing import asking, lanes
 from fsm_ray.routing.asking import Asking
+from fsm_ray.routing.route import Route
 from fsm_ray.sessions import Sessions
 from fsm_ray.stores.base import Answered, Contents
 from fsm_ray.stores.memory import MemoryStore
@@ -332,6 +335,49 @@ REQUESTS = {
     COUNT: protocol.count_request(7),
     WATCH: protocol.watch_request(7, (None, None), None, 1.0),
 }
+
+
+class TestReplySizes:
+    """The largest reply that a client can ask for, by the real numbers."""
+
+    @pytest.mark.parametrize("max_record_bytes", [256, 64 << 10, 1 << 20, 16 << 20])
+    async def test_it_takes_about_half_of_what_a_shard_keeps_for_slow_readers(
+        self, max_record_bytes: int
+    ) -> None:
+        shard = TurnShard(FakeStore(asyncio.get_running_loop()), max_record_bytes=max_record_bytes)
+        await self.fill(shard, max_record_bytes)
+        replies: list[bytes] = []
+        for kind in (READ_CONTENT, READ_RECORD, TURN, WRITE):
+            reply = shard.namespace.handle(self.request(kind)[4:], replies.append)
+            replies += [reply] if reply else []
+        await shard.settled()
+        operations = Route("my_bot", BotOptions(max_record_bytes=max_record_bytes)).max_operations
+
+        assert [len(reply) > max_record_bytes for reply in replies] == [True] * 4
+        assert operations * max(map(len, replies)) < 0.55 * outflow.MAX_BYTES
+
+    def request(self, kind: int) -> bytes:
+        """One whose answer has the record."""
+        if kind == WRITE:
+            return protocol.write_request(1, [update_data(ANN)], session_of("any"), is_resend=False)
+        if kind == TURN:
+            return protocol.turn_request(1, [protocol.begin_turn(1_000, ANN)], session_of("any"))
+        return protocol.read_request(kind, 1, [protocol.read(ANN)])
+
+    async def fill(self, shard: TurnShard, max_record_bytes: int) -> None:
+        """Make a record that is as large as one may be, and remembers as many updates as one can."""
+        worker, version = shard.worker("worker"), 0
+        for number in range(1, 2 * evaluation._MAX_UPDATES):
+            worker.begin(ANN, number)
+            worker.commit(version, {}, number=number, update_id=(1 << 40) + number)
+            await shard.settled()
+            (version,) = worker.results
+        (refused,) = await shard.write(set_data(ANN, x="y" * max_record_bytes))
+        assert isinstance(refused, RecordTooLarge)
+        assert refused.size_bytes is not None
+        size = max_record_bytes - (refused.size_bytes - max_record_bytes)
+        (written,) = await shard.write(set_data(ANN, x="y" * size))
+        assert type(written) is int
 
 
 class TestRayCalls:

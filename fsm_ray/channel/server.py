@@ -22,6 +22,7 @@ from fsm_ray.channel import handshake, tls
 from fsm_ray.channel.frames import FrameProtocol
 from fsm_ray.channel.handshake import HANDSHAKE_TIMEOUT_S, MAX_HANDSHAKE_BYTES, HandshakeFailed
 from fsm_ray.channel.intake import Intake
+from fsm_ray.channel.outflow import Outflow
 from fsm_ray.errors import ConfigurationError
 from fsm_ray.logs import Seldom
 from fsm_ray.namespace import Answer, NotServing, RequestRefused
@@ -42,9 +43,6 @@ MAX_UNPROVED = 256
 MAX_CONNECTIONS = 8_192
 """Those that have proved the secret; past it, others are closed, and their operations go over Ray calls."""
 
-MAX_UNSENT_BYTES = 256 << 20
-"""Replies to clients that do not read them, over all connections; past it, the one with most is closed."""
-
 _ACCEPT_PAUSE_S = 1.0
 """After a failure, as asyncio's listeners pause."""
 
@@ -55,10 +53,6 @@ class Crowded(Exception):
 
 class NoTls(Exception):
     """Told when a peer does not come by TLS, or has no certificate of the authority."""
-
-
-class SlowReader(Exception):
-    """Told when a client does not read its replies, and others need the room."""
 
 
 class Unproved(Protocol):
@@ -117,11 +111,10 @@ class ServerConnection(FrameProtocol):
         self.hold()
         if self._transport is not None:
             self._transport.pause_reading()
-        self._server.slow.add(self)
-        self._server.bound_unsent()
+        self._server.outflow.begun(self)
 
     def resume_writing(self) -> None:
-        self._server.slow.discard(self)
+        self._server.outflow.ended(self)
         self.go_on()
         self._read_on()
 
@@ -208,7 +201,7 @@ class ServerConnection(FrameProtocol):
         if self._transport is not None:
             self._transport.write(reply)
             if self._is_held:
-                self._server.bound_unsent()
+                self._server.outflow.added(self, len(reply))
 
 
 class TlsGreeting:
@@ -272,8 +265,7 @@ class Server:
         self.secret = secrets.token_bytes(32)
         self.connections: set[ServerConnection] = set()
         self.intake = Intake()
-        self.slow: set[ServerConnection] = set()
-        """Clients that do not read their replies."""
+        self.outflow = Outflow()
         self._unproved: dict[Unproved, None] = {}
         """The oldest first."""
         self._clients = 0
@@ -395,17 +387,8 @@ class Server:
         if isinstance(connection, ServerConnection):
             self._clients -= connection.is_trusted
             self.connections.discard(connection)
-            self.slow.discard(connection)
             self.intake.ended(connection)
-
-    def bound_unsent(self) -> None:
-        """See to it that clients that do not read take no more than MAX_UNSENT_BYTES."""
-        if sum(each.unsent_bytes for each in self.slow) > MAX_UNSENT_BYTES:
-            slowest = max(self.slow, key=lambda each: each.unsent_bytes)
-            self.slow.discard(slowest)
-            slowest.malformed(
-                SlowReader(f"it does not read its replies: {slowest.unsent_bytes:,} bytes wait")
-            )
+            self.outflow.ended(connection)
 
 
 def socket_directory() -> Path:

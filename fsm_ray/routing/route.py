@@ -12,6 +12,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from fsm_ray import protocol
+from fsm_ray.channel import outflow
 from fsm_ray.codec import (
     decode_key,
     decode_plain_key,
@@ -31,7 +32,7 @@ from fsm_ray.errors import (
     UnknownBot,
 )
 from fsm_ray.options import SLOTS, BotOptions, whereabouts
-from fsm_ray.protocol import BIN8, MAX_OPERATIONS, MAX_REPLY_BYTES, RecordView, ReplyDecoder
+from fsm_ray.protocol import BIN8, MAX_OPERATIONS, RecordView, ReplyDecoder
 from fsm_ray.record import Front, to_ms
 from fsm_ray.state import State
 
@@ -40,6 +41,9 @@ Addressed = tuple[int, bytes]
 
 Fields = Mapping[str, Any] | None
 """Fields of the data, by name; None: no field."""
+
+_MAX_REPLY_BYTES = outflow.MAX_BYTES // 2
+"""Of records in one reply: a shard must be able to keep it for a client that is slow to read, and others."""
 
 MAX_TTL_S = 1e10
 """As in BotOptions."""
@@ -58,8 +62,8 @@ class Route:
         hook = extension_hook(allow_pickle=options.allow_pickle) if imports_classes else None
         self.decoder = ReplyDecoder(hook)
         self.decode_key = decode_key if imports_classes else decode_plain_key
-        # So many that a reply can hold the largest record for each.
-        self.max_operations = min(MAX_OPERATIONS, MAX_REPLY_BYTES // (2 * options.max_record_bytes))
+        self.max_operations = min(MAX_OPERATIONS, _MAX_REPLY_BYTES // options.max_record_bytes)
+        """In one request, to which each may be answered with the largest record."""
         self._shards = options.shards
         self._is_single = options.shards == 1
         self._allow_pickle = options.allow_pickle
