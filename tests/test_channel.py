@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fsm_ray import protocol
-from fsm_ray.channel import client, handshake, server
+from fsm_ray.channel import client, handshake, server, tls
 from fsm_ray.channel.client import Address, BlockingConnection, ClientConnection, addresses, open_connection
 from fsm_ray.channel.frames import FrameProtocol
 from fsm_ray.channel.handshake import MAX_HANDSHAKE_BYTES, Endpoint, HandshakeFailed
@@ -116,7 +116,7 @@ class RunningServer:
 
 
 class Peer:
-    """A socket that speaks the channel by hand, and may break its rules."""
+    """A socket that speaks the channel by hand, and may break its rules; by TLS where Ray uses it."""
 
     def __init__(self, address: Address) -> None:
         self.transport = handshake.UNIX if isinstance(address, str) else handshake.TCP
@@ -125,6 +125,9 @@ class Peer:
         self.socket.settimeout(DEADLINE_S)
         try:
             self.socket.connect(address)
+            if isinstance(address, tuple) and tls.is_wanted():
+                self.socket = secured = tls.client_context().wrap_socket(self.socket)
+                self.transport = tls.transport_of(secured.getpeercert(binary_form=True))
         except OSError:
             self.socket.close()
             raise

@@ -266,6 +266,25 @@ class TestStrangers:
         assert running.requests == []
 
 
+class OverTlsToo:
+    """Tests of peers that proved the secret, over TLS as well."""
+
+    @pytest.fixture(params=["unix", "tcp", "tls"])
+    def address(
+        self,
+        request: pytest.FixtureRequest,
+        running: RunningServer,
+        authority: Authority,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> Address:
+        if request.param == "unix":
+            return running.run(running.server.listen_unix("shard"))
+        if request.param == "tls":
+            for name, value in authority.environment("node").items():
+                monkeypatch.setenv(name, value)
+        return running.run(running.server.listen_tcp("127.0.0.1"))
+
+
 class FakeSender:
     """Notes what the intake tells it."""
 
@@ -348,7 +367,7 @@ class TestIntake:
         assert intake.bytes == 0
 
 
-class TestSlowSenders:
+class TestSlowSenders(OverTlsToo):
     """Clients that prove the secret, and then send large frames, byte by byte or never to the end."""
 
     LENGTH = 1 << 20
@@ -578,7 +597,7 @@ class TestOutflow:
         assert [each.errors for each in readers] == [[], [], []]
 
 
-class TestSlowReaders:
+class TestSlowReaders(OverTlsToo):
     REPLY = b"r" * (1 << 20)
 
     @pytest.fixture(autouse=True)

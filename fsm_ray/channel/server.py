@@ -23,6 +23,7 @@ from fsm_ray.channel.frames import FrameProtocol
 from fsm_ray.channel.handshake import HANDSHAKE_TIMEOUT_S, MAX_HANDSHAKE_BYTES, HandshakeFailed
 from fsm_ray.channel.intake import Intake
 from fsm_ray.channel.outflow import Outflow
+from fsm_ray.channel.pacing import PacedTransport
 from fsm_ray.errors import ConfigurationError
 from fsm_ray.logs import Seldom
 from fsm_ray.namespace import Answer, NotServing, RequestRefused
@@ -204,6 +205,22 @@ class ServerConnection(FrameProtocol):
                 self._server.outflow.added(self, len(reply))
 
 
+class SecuredConnection(ServerConnection):
+    """The same over TLS."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        secured = cast("asyncio.Transport", transport)
+        self._paced = PacedTransport(secured, super().pause_writing, super().resume_writing)
+        super().connection_made(self._paced)
+        self._paced.begin()
+
+    def pause_writing(self) -> None:
+        self._paced.pause()
+
+    def resume_writing(self) -> None:
+        self._paced.resume()
+
+
 class TlsGreeting:
     """A connection until TLS stands: asyncio's own listeners tell of it too late for it to be counted."""
 
@@ -222,7 +239,7 @@ class TlsGreeting:
             self._accepted.shutdown(socket.SHUT_RDWR)
 
     async def _secure(self, context: ssl.SSLContext, transport_name: bytes) -> None:
-        connection = ServerConnection(self._server, transport_name)
+        connection = SecuredConnection(self._server, transport_name)
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: connection, self._accepted, ssl=context, ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S
