@@ -522,6 +522,32 @@ class TestLanes:
         await writes.finish(connection)
         assert sum(len(keys) for keys in connection.keys) == 299
 
+    async def test_those_that_are_cancelled_while_it_is_full_make_room_too(self, writes: Rig) -> None:
+        waiting = [future for future in self.many(writes, 2_000) if not future.done()]
+        for future in waiting:
+            future.cancel()
+        futures = self.many(writes, 250)
+        refused = [future for future in futures if future.done()]
+
+        assert len(refused) <= len(waiting) // lanes._LOOK_EACH + 1
+        for future in refused:
+            assert isinstance(future.exception(), Overloaded)
+        await writes.finish(writes.connect())
+
+    async def test_while_it_is_full_what_is_cancelled_is_seldom_looked_for(
+        self, writes: Rig, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(lanes, "MAX_WAITING", 20 * lanes._LOOK_EACH)
+        self.many(writes, 30 * lanes._LOOK_EACH)
+        looks: list[None] = []
+        monkeypatch.setattr(writes.lane, "_drop_cancelled", lambda: looks.append(None))
+        refused = self.many(writes, 1_000)
+
+        assert all(isinstance(future.exception(), Overloaded) for future in refused)
+        assert 0 < len(looks) <= 1_000 // 20
+        monkeypatch.undo()
+        await writes.finish(writes.connect())
+
     async def test_what_was_cancelled_before_there_was_a_connection_is_not_sent(self, writes: Rig) -> None:
         first, second, third = writes.submit(b"a", b"b", b"c")
         second.cancel()

@@ -147,8 +147,8 @@ class Lane:
         self._is_idle = False
         # When so many operations wait, they are sent, though the lane is not idle.
         self._enough = _LOOK_EACH
-        self._is_full = False
-        """Whether too much waited as it was last looked at, and nothing was sent since."""
+        self._refusals_left = 0
+        """How many operations are refused before it is looked again whether too much waits."""
         self._last_count = 1
         self._timer: asyncio.TimerHandle | None = None
 
@@ -307,21 +307,22 @@ class Lane:
 
     def _look_later(self) -> None:
         self._enough = (len(self._operations) // _LOOK_EACH + 1) * _LOOK_EACH
-        self._is_full = False
+        self._refusals_left = 0
 
     def _look(self) -> None:
-        """Refuse the last operation if too much waits, and so each until something is sent."""
-        if not self._is_full:
+        """Refuse the last operation if too much waits; then each further one is looked at."""
+        if not self._refusals_left:
             self._drop_cancelled()
             count = len(self._operations)
-            self._is_full = count >= MAX_WAITING or sum(map(len, self._operations)) > MAX_WAITING_BYTES
-        if self._is_full:
-            del self._operations[-1], self._called_at[-1]
-            refused = self._futures.pop()
-            self._give_up([refused], self._overloaded)
-            self._enough = len(self._operations) + 1
-        else:
-            self._look_later()
+            if count < MAX_WAITING and sum(map(len, self._operations)) <= MAX_WAITING_BYTES:
+                self._look_later()
+                return
+            # Looking at all that waits takes as long as many refusals.
+            self._refusals_left = count // _LOOK_EACH + 1
+        self._refusals_left -= 1
+        del self._operations[-1], self._called_at[-1]
+        self._give_up([self._futures.pop()], self._overloaded)
+        self._enough = len(self._operations) + 1
 
     def _overloaded(self) -> FsmRayError:
         return Overloaded(
