@@ -437,6 +437,24 @@ async def test_a_grant_that_overtakes_the_word_that_its_turn_has_to_wait_is_not_
     turns.close()
 
 
+def test_an_end_that_a_thread_could_not_tell_of_is_told_with_its_next_turn(
+    admin: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, other = (("turn", next(_numbers)) for _ in range(2))
+
+    def refuse(_: BlockingRayCall, __: bytes) -> bytes:
+        raise ConnectionResetError
+
+    with made("blocking-ray-call", timeout_s=0.3) as storage:
+        with monkeypatch.context() as outage, storage.turn(BOT, held):
+            outage.setattr(BlockingRayCall, "exchange", refuse)
+        with pytest.raises(TurnTimeout):
+            in_turn(admin, held, timeout_s=0.1)
+        in_turn(storage, other)
+
+        in_turn(admin, held, timeout_s=AT_ONCE_S)
+
+
 def test_who_waits_too_long_is_told_what_to_do_and_leaves_the_queue(
     storage: AnyStorage, admin: Storage, key: Hashable, pool: ThreadPoolExecutor
 ) -> None:

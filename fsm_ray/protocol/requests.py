@@ -329,6 +329,11 @@ def end_turn(turn: int) -> bytes:
     return _encode((END, turn))
 
 
+def ends_turn(operation: bytes) -> bool:
+    """Whether this operation of a turn request is an end."""
+    return operation[1] == END
+
+
 def fitting(operation: bytes) -> bytes:
     """The operation, if a frame can hold it.
 

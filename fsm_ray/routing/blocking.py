@@ -35,6 +35,7 @@ from fsm_ray.logs import one_line, where
 from fsm_ray.protocol import (
     GOOD_RESULTS,
     GRANTS,
+    MAX_OPERATIONS,
     NO_TURN,
     READ_CONTENT,
     READ_RECORD,
@@ -112,6 +113,8 @@ class BlockingShard:
         # Not the first for all: that of a session has the connecting in its time.
         self._measured = random.randrange(MEASURE_EVERY)
         self._last_turn = NO_TURN
+        self._untold: list[int] = []
+        """Turns that were ended, of which the shard could not be told yet; at most MAX_OPERATIONS."""
         self._connection: Connection | None = None
         self._tally = directory.metrics.tally(self, route.bot_name, shard)
         self._connections = 0
@@ -173,7 +176,7 @@ class BlockingShard:
         deadline = time.monotonic() + timeout_s
         try:
             while True:
-                record = self._turn(protocol.begin_turn(number, key))
+                record = good(self._turn(protocol.begin_turn(number, key))[-1])
                 if record is not False:
                     return number, record
                 granted = self._wait_for_grant(number, deadline)
@@ -186,9 +189,10 @@ class BlockingShard:
             raise
 
     def end_turn(self, number: int) -> None:
-        """End a turn without a commit; a shard that cannot be reached ends it by itself."""
+        """End a turn without a commit; a shard that cannot be reached is told when another begins or ends."""
+        self._untold = [*self._untold, number][-MAX_OPERATIONS:]
         with contextlib.suppress(FsmRayError):
-            self._turn(protocol.end_turn(number))
+            self._turn()
 
     def show_life(self, session_id: bytes) -> None:
         """Tell the shard that this session's turns are still being worked on."""
@@ -212,10 +216,16 @@ class BlockingShard:
             self._connection.close()
             self._connection = None
 
-    def _turn(self, operation: bytes) -> Any:
-        """The result of an operation of a turn request."""
-        results = self.ask(TURN, lambda number: protocol.turn_request(number, (operation,), self.session_id))
-        return good(results[0])
+    def _turn(self, *operations: bytes) -> Sequence[Any]:
+        """The results of a turn request: of the ends that were not told of yet, and of these operations."""
+        ends = [protocol.end_turn(number) for number in self._untold]
+        results = self.ask(
+            TURN, lambda number: protocol.turn_request(number, (*ends, *operations), self.session_id)
+        )
+        # What this thread goes on to begin keeps its session alive, and with it the turns that did not end.
+        told = zip(self._untold, results, strict=False)
+        self._untold = [number for number, result in told if type(result) not in GOOD_RESULTS]
+        return results
 
     def _wait_for_grant(self, number: int, deadline: float) -> Grant | None:
         """The turn's grant; None when it has to be asked for again, over a new connection."""
@@ -348,6 +358,7 @@ class BlockingShard:
         self.close()
         self.session_id = os.urandom(16)
         self._number = 0
+        self._untold.clear()
         self._pid = os.getpid()
 
 

@@ -320,8 +320,9 @@ class Lane:
             # Looking at all that waits takes as long as many refusals.
             self._refusals_left = count // _LOOK_EACH + 1
         self._refusals_left -= 1
-        del self._operations[-1], self._called_at[-1]
-        self._give_up([self._futures.pop()], self._overloaded)
+        if self._kind != TURN or not protocol.ends_turn(self._operations[-1]):
+            del self._operations[-1], self._called_at[-1]
+            self._give_up([self._futures.pop()], self._overloaded)
         self._enough = len(self._operations) + 1
 
     def _overloaded(self) -> FsmRayError:

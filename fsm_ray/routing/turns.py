@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fsm_ray import protocol
-from fsm_ray.errors import FsmRayError
-from fsm_ray.namespace.leases import LEASE_S
+from fsm_ray.errors import FsmRayError, NamespaceUnavailable, Overloaded
+from fsm_ray.namespace.leases import LEASE_S, MAX_TURNS
 from fsm_ray.protocol import GRANTS, NO_TURN, Grant, RecordView, grants_request
 from fsm_ray.routing.asking import Asking
 from fsm_ray.routing.lanes import Lane
@@ -35,8 +35,10 @@ class LoopTurns:
         self._numbers = itertools.count(NO_TURN + 1)
         self._open: set[int] = set()
         """Turns that were begun and not ended."""
-        self._ending: set[int] = set()
-        """Turns that were ended, of which the shard may not know yet."""
+        self._ending: dict[int, None] = {}
+        """Turns that were ended, of which the shard may not know yet; at most MAX_TURNS, the oldest first."""
+        self._untold: set[int] = set()
+        """Those of them of which the shard could not be told: they are to be ended again."""
         self._early: dict[int, RecordView | None] = {}
         """Grants that came before those who asked knew that they had to wait."""
         self._waiting: dict[int, tuple[bytes, asyncio.Future[RecordView | None]]] = {}
@@ -63,25 +65,31 @@ class LoopTurns:
         """
         number = next(self._numbers)
         self._open.add(number)
-        if self._timer is None:
-            self._timer = self._loop.call_later(SIGN_OF_LIFE_S, self._show_life)
+        self._arm()
+        begun = self._lane.submit(protocol.begin_turn(number, key))
         try:
-            record = await self._lane.submit(protocol.begin_turn(number, key))
+            record = await begun
             if record is False:
                 record = await self._wait(number, key, timeout_s)
         except BaseException:
-            self.end(number)
+            if _is_refused(begun):
+                self.committed(number)
+            else:
+                self.end(number)
             raise
         return number, record
 
     def end(self, number: int) -> None:
         """End a turn without a commit; nobody waits for that."""
         self.committed(number)
-        self._ending.add(number)
+        self._ending[number] = None
+        if len(self._ending) > MAX_TURNS:
+            # A shard has no more, so it never had this one, or has ended it with its silent session.
+            del self._ending[next(iter(self._ending))]
         self._submit(number)
 
     def committed(self, number: int) -> None:
-        """Forget a turn that its commit ended."""
+        """Forget a turn of which the shard knows, by its commit say, that there is none any more."""
         self._open.discard(number)
         if self._early:
             self._early.pop(number, None)
@@ -100,7 +108,7 @@ class LoopTurns:
     def close(self) -> None:
         """End all turns, and send nothing more. Ray calls need to be told: they end with no connection."""
         self._is_closed = True
-        left = self._open | self._ending
+        left = self._open.union(self._ending)
         if left:
             ends = [protocol.end_turn(number) for number in left]
             self._asking.tell(lambda _: protocol.turn_request(0, ends, self.session_id))
@@ -174,19 +182,35 @@ class LoopTurns:
         elif begun.result() is not False:
             self._granted(number, begun.result())
 
-    def _show_life(self) -> None:
-        self._timer = None
-        if self._open:
-            self._submit(NO_TURN)
+    def _arm(self) -> None:
+        if self._timer is None and not self._is_closed:
             self._timer = self._loop.call_later(SIGN_OF_LIFE_S, self._show_life)
 
+    def _show_life(self) -> None:
+        """Keep the session alive, and with it its turns: so those that were ended must not be forgotten."""
+        self._timer = None
+        untold, self._untold = self._untold, set()
+        for number in untold.intersection(self._ending):
+            self._submit(number)
+        if self._open:
+            self._submit(NO_TURN)
+            self._arm()
+
     def _submit(self, number: int) -> None:
-        """Send an end that nobody waits for: the shard ends by itself what it is not told of."""
+        """Send an end that nobody waits for."""
         if not self._is_closed:
             sent = self._lane.submit(protocol.end_turn(number))
             sent.add_done_callback(functools.partial(self._told, number))
 
     def _told(self, number: int, sent: asyncio.Future[Any]) -> None:
-        self._ending.discard(number)
-        if not sent.cancelled():
-            sent.exception()  # retrieved
+        error = None if sent.cancelled() else sent.exception()
+        if isinstance(error, NamespaceUnavailable) and number in self._ending:
+            self._untold.add(number)
+            self._arm()
+        else:
+            self._ending.pop(number, None)
+
+
+def _is_refused(begun: asyncio.Future[Any]) -> bool:
+    """Whether the turn was not even begun, since there was no room for it."""
+    return begun.done() and not begun.cancelled() and isinstance(begun.exception(), Overloaded)
