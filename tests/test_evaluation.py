@@ -181,7 +181,7 @@ async def test_counts_follow_records_from_front_to_front(store: FakeStore, flow:
     counts = shard.namespace._counts
     packer = shard.namespace._packer
 
-    assert {packer.front(head)[0]: count for head, count in counts.items() if count} == {flow: 1, other: 1}
+    assert {packer.front(head)[0]: count for head, count in counts.items()} == {flow: 1, other: 1}
 
 
 class TestTransactions:
@@ -328,7 +328,7 @@ class Evaluated:
                 effects.overlay,
                 effects.cleared,
                 effects.changes,
-                {head: count for head, count in effects.moved.items() if count},
+                effects.moved,
             )
         )
 
@@ -433,7 +433,7 @@ def what_is_seen(shard: TurnShard) -> Any:
         begun.append(worker.begin(key))
         worker.end()
     packer, counts = shard.namespace._packer, shard.namespace._counts
-    counted = {packer.front(head): count for head, count in counts.items() if count}
+    counted = {packer.front(head): count for head, count in counts.items()}
     return worker.read(*KEYS), begun, counted
 
 

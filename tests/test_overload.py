@@ -315,6 +315,18 @@ class TestScans:
         assert scan.aside_bytes == 0
 
 
+class TestCounts:
+    @pytest.mark.parametrize("is_durable", [False, True])
+    async def test_a_state_that_no_record_has_any_more_takes_nothing(self, *, is_durable: bool) -> None:
+        shard = LookedAt(is_durable=is_durable)
+        for number in range(100):
+            await shard.write(protocol.set_record(ANN, None, f"state {number}", b"\x80", None))
+            await shard.write(set_data(BOB), clear(BOB))
+
+        assert list(shard.namespace._counts.values()) == [1]
+        assert shard.namespace.statistics().records == 1
+
+
 class TestTimesToLive:
     async def test_states_with_made_up_names_are_forgotten(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(evaluation, "_MAX_TTLS", 10)

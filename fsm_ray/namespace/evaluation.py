@@ -5,7 +5,6 @@ What is evaluated is seen by the operations after it alone, until its commit is 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -36,6 +35,7 @@ from fsm_ray.record import (
     Packer,
     Tail,
     content_of,
+    count_in,
     deadline_of,
     encode_content,
     head_of,
@@ -77,7 +77,7 @@ class Effects:
     overlay: dict[bytes, bytes | None] = field(default_factory=dict)
     """Records as they are then. Cleared ones are None until they are removed, before anybody reads them."""
     cleared: set[bytes] = field(default_factory=set)
-    moved: Counter[bytes] = field(default_factory=Counter)
+    moved: dict[bytes, int] = field(default_factory=dict)
     """Head -> how many records more have it."""
     changes: list[Change] = field(default_factory=list)
     """What is to be told to those who watch or scan, if anybody does."""
@@ -434,10 +434,10 @@ class Evaluator:
     def _move(self, raw: bytes | None, packed: bytes | None) -> None:
         """Count the record where it is now."""
         moved = self._effects.moved
-        if (raw := shown(raw)) is not None:
-            moved[head_of(raw)] -= 1
         if (packed := shown(packed)) is not None:
-            moved[head_of(packed)] += 1
+            count_in(moved, head_of(packed), 1)
+        if (raw := shown(raw)) is not None:
+            count_in(moved, head_of(raw), -1)
 
     def _check_size(self, key: bytes, packed: bytes) -> None:
         """Raise RecordTooLarge if flow, state and data take too much; what else there is does not count."""

@@ -53,7 +53,7 @@ from fsm_ray.protocol import (
     decode_request,
     reply,
 )
-from fsm_ray.record import Packer
+from fsm_ray.record import Packer, count_in
 from fsm_ray.sessions import LARGE_REPLY_BYTES, Sessions
 from fsm_ray.stores.base import Answered, Batch, Contents, Stale, Store, lease_clock
 from fsm_ray.tally import MEASURE_EVERY, OperationTally, ShardTally, now_ns
@@ -377,8 +377,6 @@ class Namespace:
         return self._packer.blob(packed)
 
     def _count(self, request: CountRequest) -> bytes:
-        for head in [head for head, count in self._counts.items() if not count]:
-            del self._counts[head]
         front = self._packer.front
         counted = [protocol.encode_counted(front(head), count) for head, count in self._counts.items()]
         return reply(COUNT, request.number, counted)
@@ -403,7 +401,7 @@ class Namespace:
         """What there is at this moment."""
         since_s, before = self._rates[0]
         return NamespaceStatistics(
-            records=self._counts.total(),
+            records=sum(self._counts.values()),
             sessions=len(self._sessions),
             operations=self._operations,
             operations_per_s=(self._operations - before) / max(self._lease_clock() - since_s, TICK_S),
@@ -695,7 +693,8 @@ class Namespace:
                 (0, key, shown(get(key)), shown(packed)) for key, packed in effects.overlay.items()
             )
         self._records.update(effects.overlay)
-        self._counts.update(effects.moved)
+        for head, more in effects.moved.items():
+            count_in(self._counts, head, more)
         if effects.cleared or effects.changes or effects.ended:
             self._settle(effects)
         for answer, answered in commit.answers:
