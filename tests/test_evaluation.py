@@ -7,6 +7,7 @@ import copy
 import datetime
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -370,6 +371,7 @@ def test_a_transaction_does_what_its_operations_do_or_nothing_at_all(
         assert together.all_there_is() == before
     for each in (together, alone):
         assert each.counted() == each.recounted()
+        assert is_looked_after(each.evaluator, each.records | each.effects.overlay)
 
 
 steps = st.lists(
@@ -413,10 +415,10 @@ async def test_a_namespace_made_from_the_store_is_as_the_one_that_wrote_it(
         shard.now_s += passed_s
         await swept(shard)
         before = what_is_seen(shard)
-        assert is_looked_after(shard)
+        assert is_looked_after(shard.namespace._evaluator, shard.namespace._records)
         shard.restart()
         assert what_is_seen(shard) == before
-        assert is_looked_after(shard)
+        assert is_looked_after(shard.namespace._evaluator, shard.namespace._records)
         assert shard.store.contents().version == shard.namespace.statistics().version
     shard.now_s += 2 * 86_400
     await swept(shard)
@@ -437,12 +439,11 @@ def what_is_seen(shard: TurnShard) -> Any:
     return worker.read(*KEYS), begun, counted
 
 
-def is_looked_after(shard: TurnShard) -> bool:
-    """Whether all that ends will be swept in time."""
-    places = shard.namespace._evaluator.deadlines._places
+def is_looked_after(evaluator: Evaluator, records: Mapping[bytes, bytes | None]) -> bool:
+    """Whether all that ends will be swept in time, and nothing is to be swept that is not there."""
+    places = evaluator.deadlines._places
     ends = {
-        key: deadline_of(each) or content_of(each).ttl_ms
-        for key, each in shard.namespace._records.items()
-        if each is not None
+        key: deadline_of(each) or content_of(each).ttl_ms for key, each in records.items() if each is not None
     }
-    return all(end_ms == NEVER_MS or places[key] * 1_000 <= end_ms + 1_000 for key, end_ms in ends.items())
+    in_time = (end_ms == NEVER_MS or places[key] * 1_000 <= end_ms + 1_000 for key, end_ms in ends.items())
+    return places.keys() <= ends.keys() and all(in_time)

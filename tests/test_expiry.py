@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fsm_ray import protocol
 from fsm_ray.codec import encode_data, encode_key
 from fsm_ray.errors import StoreUnavailable, VersionConflict
-from fsm_ray.namespace import serving
+from fsm_ray.namespace import expiry, serving
 from fsm_ray.namespace.expiry import Deadlines, TimesToLive
 from fsm_ray.options import BotOptions
 from fsm_ray.protocol import ContentView
@@ -115,6 +115,16 @@ class TestTimesToLive:
         assert TimesToLive(BotOptions(ttl_s=1.0)).are_given
 
 
+KEYS = [ANN, BOB, CID]
+
+
+def kept(deadlines: Deadlines) -> int:
+    """How many keys are in it, those that were left behind counted."""
+    assert len(deadlines._order) <= 2 * len(deadlines._buckets) + expiry._FEW
+    assert deadlines._left_behind.keys() <= deadlines._buckets.keys()
+    return sum(map(len, deadlines._buckets.values()))
+
+
 class TestDeadlines:
     def test_a_key_is_due_within_a_second_after_its_deadline_and_once(self) -> None:
         deadlines = Deadlines()
@@ -141,6 +151,34 @@ class TestDeadlines:
         assert list(deadlines.take_due(60_000)) == []
         assert deadlines._buckets == {}
 
+    def test_one_that_is_removed_is_not_due(self) -> None:
+        deadlines = Deadlines()
+        for key in (ANN, BOB):
+            deadlines.add(key, 5_000)
+        deadlines.remove(ANN)
+        deadlines.remove(CID)
+
+        assert len(deadlines) == 1
+        assert list(deadlines.take_due(6_000)) == [BOB]
+
+    def test_one_that_comes_and_goes_a_thousand_times_leaves_nothing_behind(self) -> None:
+        deadlines = Deadlines()
+        for number in range(1_000):
+            deadlines.add(b"%d" % number, 5_000 * number)
+            deadlines.remove(b"%d" % number)
+
+        assert kept(deadlines) == 0
+
+    def test_one_that_moves_to_and_fro_leaves_little_behind(self) -> None:
+        deadlines = Deadlines()
+        for now_ms in range(0, 10_000_000, 10_000):
+            deadlines.add(ANN, now_ms + 90_000_000)
+            deadlines.add(ANN, now_ms + 1_000)
+            assert list(deadlines.take_due(now_ms + 2_000)) == [ANN]
+            deadlines.add(ANN, now_ms + 90_000_000)
+
+        assert kept(deadlines) == 1
+
     def test_what_never_ends_takes_no_place(self) -> None:
         deadlines = Deadlines()
         deadlines.add(ANN, NEVER_MS)
@@ -160,17 +198,27 @@ class TestDeadlines:
         assert list(deadlines.take_due(30_000)) == [first]
 
     @given(
-        st.lists(st.tuples(st.sampled_from([ANN, BOB, None]), st.integers(0, 9_999)), max_size=30),
+        st.lists(
+            st.tuples(
+                st.sampled_from(["add", "remove", "take"]), st.sampled_from(KEYS), st.integers(0, 9_999)
+            ),
+            max_size=50,
+        )
     )
     def test_each_key_is_due_once_for_the_earliest_of_its_deadlines(
-        self, steps: list[tuple[bytes | None, int]]
+        self, steps: list[tuple[str, bytes, int]]
     ) -> None:
         deadlines = Deadlines()
         earliest: dict[bytes, int] = {}
-        for key, time_ms in steps:
-            if key is not None:
+        for step, key, time_ms in steps:
+            if step == "add":
                 deadlines.add(key, time_ms)
                 earliest[key] = min(time_ms, earliest.get(key, time_ms))
+            elif step == "remove":
+                deadlines.remove(key)
+                earliest.pop(key, None)
+            if step != "take":
+                assert kept(deadlines) <= 2 * len(earliest)
                 continue
             taken = list(deadlines.take_due(time_ms))
             assert len(taken) == len(set(taken))
@@ -513,6 +561,29 @@ class TestSweep:
         at(shard, 100)
         await swept(shard)
         assert (len(deadlines), shard.namespace.statistics().records) == (0, 0)
+
+    async def test_what_was_cleared_waits_for_no_sweep(self, store: FakeStore) -> None:
+        shard = TurnShard(store, ttl_s=30 * DAY_S)
+        for number in range(100):
+            await shard.write(set_record(encode_key(number)), set_record(ANN))
+            await shard.write(clear(encode_key(number)))
+
+        assert len(shard.namespace._evaluator.deadlines) == 1
+
+    async def test_what_is_made_while_it_is_cleared_is_swept(self) -> None:
+        store = AheadStore(asyncio.get_running_loop())
+        ahead = TurnShard(store, ttl_s=TTL_S)
+        ahead.client("one").write(set_record(ANN))
+        await store.done_with_one()
+        ahead.client("two").write(clear(ANN))
+        ahead.client("three").write(set_record(ANN))
+        while store.commits:
+            await store.done_with_one()
+        at(ahead, 12)
+        assert ahead.namespace.sweep()
+        await store.done_with_one()
+
+        assert ahead.namespace.statistics().records == 0
 
     async def test_what_a_turn_has_is_swept_when_the_turn_has_ended(self, shard: TurnShard) -> None:
         await shard.write(set_record(ANN))

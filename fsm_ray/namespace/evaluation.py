@@ -319,7 +319,12 @@ class Evaluator:
             overlay[key] = before
         if not was_cleared:
             self._effects.cleared.discard(key)
-        self._move(undone, self._current(key))
+        restored = self._current(key)
+        self._move(undone, restored)
+        if restored is None:
+            self.deadlines.remove(key)
+        else:
+            self.deadlines.add(key, _end_ms(restored))
 
     def _current(self, key: bytes) -> bytes | None:
         """The record as the operations before this one leave it, committed or not; it may have expired."""
@@ -420,6 +425,8 @@ class Evaluator:
                 return
         self._overlay[key] = None
         self._effects.cleared.add(key)
+        if self.has_tails:
+            self.deadlines.remove(key)
         self._move(raw, None)
         self.version += 1
         if self.tells_all or self.tells_births:
