@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -138,6 +139,27 @@ class TestCommits:
 
         assert [len(batch.sessions) for batch in shard.store.batches[2:]] == [1, 1, 1, 1]
         assert [client.results[0].version for client in clients] == [3, 4, 5, 6]
+
+    @pytest.mark.parametrize(
+        "small",
+        [
+            lambda key: protocol.enter_state(key, (None, "next"), None),
+            lambda key: protocol.transact([update_data(key, n=1)]),
+        ],
+        ids=["enter_state", "transaction"],
+    )
+    async def test_records_count_for_they_may_be_much_larger_than_what_was_asked_and_answered(
+        self, shard: Shard, small: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for key in (ANN, BOB, CID):
+            await shard.write(set_data(key, name="x" * 9_000))
+        monkeypatch.setattr(serving, "_MAX_COMMIT_BYTES", 10_000)
+        shard.client("first").write(clear(b"\xa3dan"))
+        for number, key in enumerate((ANN, BOB, CID, ANN)):
+            shard.client(str(number)).write(small(key))
+        await shard.settled()
+
+        assert [list(batch.records) for batch in shard.store.batches[4:]] == [[ANN], [BOB], [CID], [ANN]]
 
     async def test_writes_that_change_nothing_do_not_keep_the_rest_waiting(
         self, shard: Shard, monkeypatch: pytest.MonkeyPatch

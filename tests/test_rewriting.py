@@ -9,6 +9,7 @@ import pytest
 
 from fsm_ray.codec import encode_key
 from fsm_ray.errors import StoreUnavailable
+from fsm_ray.namespace import serving
 from fsm_ray.stores.base import Answered, Contents, Stale
 from tests.test_namespace import AheadStore, Client, FakeStore, Shard, clear, set_record, update_data
 
@@ -57,6 +58,24 @@ async def test_all_is_committed_again_as_it_is_in_small_steps(shard: Shard) -> N
     assert len(shard.store.batches) == 3
     assert max(len(batch.records) for batch in shard.store.batches) == 128
     assert {batch.version for batch in shard.store.batches} == {before.version}
+
+
+async def test_large_ones_are_committed_again_in_smaller_steps(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "_REWRITTEN_BYTES", 1_000)
+    shard.client("large").write(*(update_data(key, n="x" * 400) for key in KEYS[:30]))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    shard.store.batches.clear()
+    shard.namespace.make_all_stale()
+
+    assert await shard.namespace.rewrite()
+
+    large = [sum(len(blob or b"") > 400 for blob in batch.records.values()) for batch in shard.store.batches]
+    assert max(large) == 3
+    assert sum(large) == 30
+    assert written(shard.store) == set(KEYS)
 
 
 async def test_writes_that_are_made_meanwhile_are_kept_and_answered(shard: Shard) -> None:

@@ -83,6 +83,8 @@ class Effects:
     """What is to be told to those who watch or scan, if anybody does."""
     ended: list[tuple[TurnId, bytes]] = field(default_factory=list)
     """Turns that were committed, and their keys."""
+    unsent_bytes: int = 0
+    """Of records that are neither in their request nor in its reply."""
 
 
 class Evaluator:
@@ -204,7 +206,8 @@ class Evaluator:
         old = self._alive(raw)
         self._check_version(old, operation.expected_version)
         head = self._packer.head(operation.flow, operation.state)
-        self._put_tailed(operation, raw, old, head, _data(old))
+        content = self._put_tailed(operation, raw, old, head, _data(old))
+        self._effects.unsent_bytes += len(content)
         return encode_result(self.version)
 
     def _update_data(self, operation: UpdateData) -> bytes:
@@ -308,6 +311,7 @@ class Evaluator:
                 del effects.changes[changes:]
                 error.key = key
                 raise
+        effects.unsent_bytes += sum(len(self._overlay.get(key) or b"") for key, _, _ in undo)
         return encode_result(self.version)
 
     def _undo(self, key: bytes, before: bytes | None, was_cleared: bool) -> None:  # noqa: FBT001

@@ -108,7 +108,8 @@ MAX_WAITING_BYTES = 256 << 20
 """Of writes that wait for a commit; past it, further ones are refused."""
 
 _MAX_COMMIT_BYTES = 64 << 20
-"""Of the requests of one commit and their replies, but for the last request; the others wait for the next."""
+"""Of the requests of one commit, their replies and what else they put into it, but for the last request; the
+others wait for the next commit."""
 
 _OPERATION_BYTES = 1_024
 """What an operation takes beside its bytes, decoded. Measured: 0.3 to 0.7 KB with one to eight fields."""
@@ -126,7 +127,10 @@ _SWEPT_AT_ONCE = 128
 """Records that are swept in one step."""
 
 _REWRITTEN_AT_ONCE = 128
-"""Records, and sessions, that are committed again in one step."""
+"""Records and sessions that are committed again in one step."""
+
+_REWRITTEN_BYTES = 4 << 20
+"""Of these records and replies, but for the last one."""
 
 _CONFIRM_AT = 2 / 3
 """The part of a lease that is left when the store is asked to confirm it, if no commit did."""
@@ -486,9 +490,7 @@ class Namespace:
         A store that encrypts asks for this, see `RotatingStore`. Operations go on meanwhile.
         """
         while self._stopped is None and self._stale:
-            keys, sessions = self._stale.keys, self._stale.sessions
-            self._rewriting = Stale(keys[-_REWRITTEN_AT_ONCE:], sessions[-_REWRITTEN_AT_ONCE:])
-            del keys[-_REWRITTEN_AT_ONCE:], sessions[-_REWRITTEN_AT_ONCE:]
+            self._rewriting = self._take_stale()
             self._rewritten = asyncio.get_running_loop().create_future()
             self._commit_waiting()
             # Not awaited itself, which would raise here where the namespace stops.
@@ -496,6 +498,19 @@ class Namespace:
             self._rewritten = None
             await asyncio.sleep(SWEEP_PAUSE_S)
         return self._stopped is None
+
+    def _take_stale(self) -> Stale:
+        """What is committed again in the next step."""
+        taken, size, stale = Stale(), 0, self._stale
+        while stale and len(taken) < _REWRITTEN_AT_ONCE and size < _REWRITTEN_BYTES:
+            if stale.keys:
+                taken.keys.append(key := stale.keys.pop())
+                size += len(self._records.get(key) or b"")
+            else:
+                taken.sessions.append(session := stale.sessions.pop())
+                known = self._sessions.answered.get(session)
+                size += 0 if known is None else len(known.reply)
+        return taken
 
     def _add_stale(
         self, stale: Stale, records: dict[bytes, bytes | None], below: Callable[[bytes], bytes | None]
@@ -652,7 +667,8 @@ class Namespace:
         and how many operations there are in all.
         """
         answers, measured, operations, total = [], [], 0, 0
-        while self._waiting and total < _MAX_COMMIT_BYTES:
+        effects = self._effects
+        while self._waiting and total + effects.unsent_bytes < _MAX_COMMIT_BYTES:
             request, answer, began_ns, size = self._waiting.popleft()
             self._waiting_bytes -= size
             answered = self._evaluate(request)
