@@ -67,7 +67,11 @@ class BotOptions(BaseModel):
     """The largest record, encoded: flow, state and data together."""
 
     allow_pickle: bool = True
-    """Whether values that only pickle can carry are accepted; if not, none is written and none is decoded."""
+    """Whether values that only pickle can carry are accepted; if not, none is written and none is decoded.
+
+    Dataclasses, Enums, named tuples and pydantic models are no such values: what is stored names their class,
+    and whoever reads it imports that.
+    """
 
     listen_host: str | None = None
     """Where shards listen for workers of other nodes; `None`: the address that Ray uses for the node.

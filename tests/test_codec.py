@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
 from enum import Enum, Flag, IntEnum, IntFlag, StrEnum, auto
+from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, Generic, NamedTuple, TypeVar
 from zoneinfo import ZoneInfo
@@ -29,7 +30,7 @@ from fsm_ray.codec import EncodedKey, decode_key, decode_plain_key, encode_data,
 from fsm_ray.errors import InvalidData, InvalidKey, PickleNotAllowed, ValueNotDecodable
 
 T = TypeVar("T")
-PICKLE_CODE = 17
+DATACLASS_CODE, PICKLE_CODE = 5, 17
 
 
 class Color(Enum):
@@ -917,6 +918,57 @@ def test_a_class_that_is_gone_or_of_another_kind_is_an_error(
 
     with pytest.raises(ValueNotDecodable, match=r"codec_versions\.Pizza"):
         decode(encoded)
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """What the program codec_program touches when it is run; its module script exits when it is imported."""
+    package, touched = tmp_path / "codec_program", tmp_path / "touched"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(f"open({str(touched)!r}, 'w')\nclass Pizza: pass")
+    (package / "script.py").write_text("raise SystemExit(2)")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield touched
+    for name in [name for name in sys.modules if name.startswith("codec_program")]:
+        del sys.modules[name]
+
+
+NAMED: dict[str, Callable[[str], Any]] = {
+    "value": lambda module: decode(msgspec.msgpack.encode(named(module))),
+    "key": lambda module: decode_key(msgspec.msgpack.encode(named(module))),
+}
+
+
+def named(module: str) -> Ext:
+    """What names a class of this module, as somebody may write who has the store."""
+    return Ext(DATACLASS_CODE, msgspec.msgpack.encode([module, "Pizza", {}]))
+
+
+@pytest.mark.parametrize("module", ["codec_program.__main__", "codec_program.__main__.x"])
+@pytest.mark.parametrize("kind", NAMED)
+def test_no_program_is_run_whatever_the_bytes_name(program: Path, kind: str, module: str) -> None:
+    with pytest.raises(ValueNotDecodable, match="a program is not imported"):
+        NAMED[kind](module)
+
+    assert not program.exists()
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_a_module_that_exits_when_it_is_imported_is_an_error_and_no_exit(program: Path, kind: str) -> None:
+    with pytest.raises(ValueNotDecodable, match=r"codec_program\.script\.Pizza .* SystemExit"):
+        NAMED[kind]("codec_program.script")
+
+
+@pytest.mark.parametrize("module", ["__main__", "codec_program.__main__"])
+def test_a_class_of_the_program_that_runs_comes_back(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    main: Any = ModuleType(module)
+    monkeypatch.setitem(sys.modules, module, main)
+    exec("from dataclasses import *\n@dataclass(frozen=True)\nclass Pizza:\n size: int", vars(main))
+    pizza = main.Pizza(3)
+
+    assert decode_key(encode_key(pizza)) == pizza
+    assert decode(encode_data({"x": pizza}, allow_pickle=True))["x"] == pizza
 
 
 def test_an_enum_member_keeps_its_name_when_its_value_changes(versions: Versions) -> None:

@@ -30,16 +30,25 @@ def find_class(module: str, qualname: str, is_kind: Callable[[Any], bool]) -> An
         ValueNotDecodable: there is no such class here, or it is of another kind.
     """
     try:
-        found: Any = importlib.import_module(module)
+        found = _imported(module)
         for name in qualname.split("."):
             found = getattr(found, name)
-    except Exception as error:  # importing runs users' code
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # importing runs users' code: a script's, if it is named, and that exits
         raise ValueNotDecodable(
             f"class {module}.{qualname} cannot be imported here ({error!r}): set PYTHONPATH to where it is"
         ) from error
     if not (isinstance(found, type) and is_kind(found)):
         raise ValueNotDecodable(f"{module}.{qualname} is not the kind of class that was stored")
     return found
+
+
+def _imported(module: str) -> Any:
+    # Bytes name it, and importing such a module is running a program, with this process's own arguments.
+    if "__main__" in module.split(".") and module not in sys.modules:
+        raise ImportError("a program is not imported")
+    return importlib.import_module(module)
 
 
 def is_importable(cls: type) -> bool:
