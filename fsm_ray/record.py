@@ -62,6 +62,13 @@ class Content(msgspec.Struct, array_like=True, gc=False):
     deadline_ms: int = NEVER_MS
 
 
+class Versioned(msgspec.Struct, array_like=True, gc=False):
+    """What tells the version of a Content, and takes half the time."""
+
+    data: msgspec.Raw
+    version: int
+
+
 class _Record(msgspec.Struct, array_like=True, gc=False):
     flow: str | None
     state: str | None
@@ -71,6 +78,7 @@ class _Record(msgspec.Struct, array_like=True, gc=False):
 _encode = msgspec.msgpack.Encoder().encode
 _decode_content = msgspec.msgpack.Decoder(Content).decode
 _decode_record = msgspec.msgpack.Decoder(_Record).decode
+_decode_versioned = msgspec.msgpack.Decoder(tuple[msgspec.Raw, msgspec.Raw, Versioned]).decode
 _decode_pair = msgspec.msgpack.Decoder(Front).decode
 
 _MAX_FRONTS = 0xFFFF
@@ -207,6 +215,11 @@ def front_of(blob: bytes) -> tuple[str | None, str | None, int]:
     """The flow, state and version in a blob, for stores that show them to people."""
     record = _decode_record(blob)
     return record.flow, record.state, record.content.version
+
+
+def version_in(blob: bytes) -> int:
+    """The version in a blob."""
+    return _decode_versioned(blob)[2].version
 
 
 def encode_content(data: Data, version: int, tail: Tail = NO_TAIL) -> bytes:

@@ -20,8 +20,14 @@ import pytest
 
 from fsm_ray import protocol
 from fsm_ray.bench.servers import PostgresServer, ValkeyServer, temporary_directory
-from fsm_ray.errors import EncryptionKeysUnusable, NotOwner, StoreCorrupted, StoreMismatch
-from fsm_ray.record import check_blob, front_of
+from fsm_ray.errors import (
+    EncryptionKeysUnusable,
+    NotOwner,
+    StoreCorrupted,
+    StoreMismatch,
+    VersionConflict,
+)
+from fsm_ray.record import check_blob, encode_content, front_of
 from fsm_ray.stores import cipher as cipher_module
 from fsm_ray.stores.base import Answered, Batch, Contents, OwnedStore, Place, lease_clock
 from fsm_ray.stores.cipher import Cipher
@@ -331,6 +337,32 @@ async def test_a_store_whose_mark_was_taken_away_is_refused(disk: Disk, where: s
 
     with pytest.raises(StoreMismatch, match="not encrypted, or somebody made it so"):
         await contents_of(store_on(disk, where))
+
+
+async def test_what_is_no_record_though_it_is_sealed_is_refused(disk: Disk, where: str) -> None:
+    await commit_all(store_on(disk, where), [Batch(8, {KEY: b"\x93 no record"}, {})])
+
+    await refused(disk, where, "it is no record")
+
+
+@pytest.mark.parametrize("version", [0, 6])
+async def test_a_version_that_was_set_back_behind_a_record_is_refused(
+    disk: Disk, where: str, version: int
+) -> None:
+    disk.contents.version = version
+
+    await refused(disk, where, f"the shard's version .* it is {version}, and there is a 7 already")
+
+
+@pytest.mark.parametrize("result", [protocol.encode_result(9), encode_content({}, 9)], ids=["set", "update"])
+async def test_a_version_that_was_set_back_behind_an_answer_is_refused(where: str, result: bytes) -> None:
+    disk, conflict = Disk(), protocol.encode_error(VersionConflict("no", actual_version=10))
+    reply = protocol.reply(protocol.WRITE, 3, [result, protocol.encode_result(value=True), conflict])
+    await commit_all(store_on(disk, where), [Batch(9, {}, {SESSION: Answered(3, reply, 1_000.0)})])
+    assert (await contents_of(store_on(disk, where))).version == 9
+    disk.contents.version = 8
+
+    await refused(disk, where, "it is 8, and there is a 9 already")
 
 
 async def test_two_bots_have_different_rows_for_one_user(disk: Disk, where: str) -> None:

@@ -28,7 +28,7 @@ from fsm_ray.protocol.requests import (
     WATCH,
     WRITE,
 )
-from fsm_ray.record import NEVER_MS, Front
+from fsm_ray.record import NEVER_MS, Front, Versioned
 from fsm_ray.state import State
 
 MAX_REPLY_BYTES = (1 << 32) - 1
@@ -128,6 +128,9 @@ _RESULTS: dict[int, Any] = {
 _encode = msgspec.msgpack.Encoder().encode
 
 
+_decode_versions = msgspec.msgpack.Decoder(
+    tuple[int, int, list[Versioned | bool | int | dict[str, msgspec.Raw] | None]]
+).decode
 _decode_found = msgspec.msgpack.Decoder(tuple[bytes, msgspec.Raw]).decode
 _decode_change = msgspec.msgpack.Decoder(tuple[int, bytes, msgspec.Raw, msgspec.Raw]).decode
 
@@ -190,6 +193,17 @@ def _key(encoded: bytes) -> Hashable:
         return decode_key(encoded)
     except errors.ValueNotDecodable as error:
         return error.key  # type: ignore[no-any-return]
+
+
+def version_told(written: bytes) -> int:
+    """The last version that a reply to a write request, a whole frame, tells of; 0: none.
+
+    Raises:
+        msgspec.MsgspecError, UnicodeDecodeError, RecursionError: it is no such reply.
+    """
+    _, _, results = _decode_versions(written[4:])
+    numbers = [each for each in results if type(each) is int]
+    return max([0, *numbers, *(each.version for each in results if isinstance(each, Versioned))])
 
 
 def error_of(result: Result | FsmRayError) -> FsmRayError:

@@ -10,9 +10,10 @@ nor whose it is, nor what a write was answered:
     session's answer    its number and time, and the reply: ff ff ff ff, a length that no plain one begins
                         with, and sealed
 
-A seal is bound to the bot, the shard, and the row or session, number and time: it opens nowhere else. What
-remains possible for who can write to the store is to delete, and to put back what was in that very place
-before; see docs/how-to/encryption.md.
+A seal is bound to the bot, the shard, and the row or session, number and time: it opens nowhere else. The
+shard's version is plain, and refused if it is less than one that is sealed. What remains possible for who can
+write to the store is to delete, and to put back what was in that very place before; see
+docs/how-to/encryption.md.
 
 A namespace has its records in its own memory, plain: encryption costs reads nothing.
 """
@@ -29,7 +30,8 @@ from typing import NamedTuple, NoReturn
 import msgspec
 
 from fsm_ray.errors import EncryptionKeysUnusable, FsmRayError, StoreCorrupted, StoreUnavailable
-from fsm_ray.record import check_blob
+from fsm_ray.protocol import version_told
+from fsm_ray.record import check_blob, version_in
 from fsm_ray.stores.base import Answered, Batch, Contents, OwnedStore, RotatingStore, Stale, lease_clock
 from fsm_ray.stores.cipher import Cipher
 from fsm_ray.stores.keyring import read_keyring
@@ -271,35 +273,45 @@ class EncryptedStore(RotatingStore):
         opener = Opener(cipher, self.inner.place.bot_name, self.inner.place.shard)
         contents, stale = Contents(sealed.version), Stale()
         key_ids: set[str | None] = set()
+        newest = 0
         try:
             while sealed.records:
                 row, blob = sealed.records.popitem()
-                key_id, key, contents_blob = self._opened_record(opener, row, blob, contents)
+                (key_id, key, contents_blob), version = self._opened_record(opener, row, blob, contents)
                 contents.records[key] = contents_blob
+                newest = max(newest, version)
                 if key_id != current:
                     key_ids.add(key_id)
                     stale.keys.append(key)
             for session, answered in sealed.sessions.items():
                 key_id, reply = self._opened_reply(opener, session, answered)
                 contents.sessions[session] = Answered(answered.number, reply, answered.at_s)
+                newest = max(newest, _version_told(reply))
                 if key_id != current:
                     key_ids.add(key_id)
                     stale.sessions.append(session)
         except EncryptionKeysUnusable as error:
             raise self._about(error) from None
+        if newest > sealed.version:
+            # Versions would come again, and a write that expects one would overwrite what it never saw.
+            self._corrupted("the shard's version", f"it is {sealed.version}, and there is a {newest} already")
         contents.stale = stale
         earlier = {key_id: self._row_maker(cipher, key_id) for key_id in key_ids}
         return _Keys(cipher, self._row_maker(cipher, current), earlier), contents
 
-    def _opened_record(self, opener: Opener, row: bytes, blob: bytes, contents: Contents) -> OpenedRecord:
+    def _opened_record(
+        self, opener: Opener, row: bytes, blob: bytes, contents: Contents
+    ) -> tuple[OpenedRecord, int]:
+        """The record, and its version."""
         what = f"the record in row {row.hex()}"
         try:
             opened = opener.record(row, blob)
+            version = _version_in(opened.blob)
         except Damaged as error:
             self._corrupted(what, error)
         if opened.key in contents.records:
             self._corrupted(what, TWICE)
-        return opened
+        return opened, version
 
     def _opened_reply(self, opener: Opener, session: bytes, answered: Answered) -> OpenedReply:
         try:
@@ -319,6 +331,20 @@ class EncryptedStore(RotatingStore):
         told = type(error)(f"{self.inner.name}: {error}", **vars(error))
         told.bot = self.inner.place.bot_name
         return told
+
+
+def _version_in(blob: bytes) -> int:
+    try:
+        return version_in(blob)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise Damaged(f"it is no record: {error}") from error
+
+
+def _version_told(reply: bytes) -> int:
+    try:
+        return version_told(reply)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return 0  # of a later fsm_ray, say
 
 
 def _check_record(blob: bytes) -> None:
