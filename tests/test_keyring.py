@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 
 from fsm_ray.errors import EncryptionKeysUnusable
 from fsm_ray.stores.keyring import KEY_BYTES, add_key, make_key_file, read_keyring
+
+IS_ROOT = os.geteuid() == 0
 
 KEY = base64.b64encode(bytes(range(KEY_BYTES))).decode()
 
@@ -70,6 +73,46 @@ def test_an_added_key_is_the_current_one_and_the_others_and_all_else_stay(path: 
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+@pytest.mark.parametrize("mode", [0o400, 0o600, 0o640])
+def test_an_added_key_leaves_the_file_to_those_who_could_read_it(path: Path, mode: int) -> None:
+    write(path, {"current": "old", "keys": {"old": KEY}}, mode)
+    group = 12345 if IS_ROOT else -1
+    os.chown(path, -1, group)
+    before = path.stat()
+
+    add_key(path, "new")
+
+    after = path.stat()
+    assert (after.st_uid, after.st_gid, after.st_mode) == (before.st_uid, before.st_gid, before.st_mode)
+
+
+def test_who_cannot_leave_it_to_them_changes_nothing_and_is_told_the_cure(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: int) -> None:
+        raise PermissionError
+
+    make_key_file(path, "old")
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "fchown", refuse)
+
+    with pytest.raises(EncryptionKeysUnusable, match=f"belongs to user {os.geteuid()} .* as root"):
+        add_key(path, "new")
+
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_of_keys_that_are_added_at_once_none_is_lost(path: Path) -> None:
+    make_key_file(path, "first")
+    ids = [f"key-{number}" for number in range(24)]
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda key_id: add_key(path, key_id), ids))
+
+    assert read_keyring(f"file://{path}").keys.keys() == {"first", *ids}
+
+
 def test_a_key_that_is_there_is_not_replaced(path: Path) -> None:
     make_key_file(path, "first")
     before = path.read_bytes()
@@ -106,7 +149,7 @@ def test_the_owner_and_the_group_may_read_it(path: Path, mode: int) -> None:
     assert read_keyring(write(path, {"current": "a", "keys": {"a": KEY}}, mode)).current == "a"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.skipif(not IS_ROOT, reason="only root can give files away")
 def test_a_file_of_another_user_is_refused(path: Path) -> None:
     where = write(path, {"current": "a", "keys": {"a": KEY}})
     os.chown(path, 12345, -1)

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import fcntl
 import os
 import re
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,26 +70,29 @@ def make_key_file(path: Path, key_id: str) -> None:
         FileExistsError: there is one; `add_key` adds to it.
         EncryptionKeysUnusable: a key cannot have this id.
     """
-    _write(path, _File(_checked_id(key_id), {key_id: _new_key()}), is_new=True)
+    _write(path, _File(_checked_id(key_id), {key_id: _new_key()}), replaced=None)
 
 
 def add_key(path: Path, key_id: str) -> None:
     """Add a new key to the file, with which all is written from the next `rotate_keys` on.
 
-    The file is replaced as a whole: a process that reads it meanwhile finds the old one or the new one.
+    The file is replaced as a whole, by one with its owner, group and mode: a process that reads it meanwhile
+    finds the old one or the new one. Of several that add a key at a time, one waits for the other.
 
     Raises:
-        EncryptionKeysUnusable: the file cannot be used, or has a key of this id.
+        EncryptionKeysUnusable: the file cannot be used, or replaced, or has a key of this id.
     """
     where = f"file://{path}"
-    text = _from_file(path)
-    before = _parsed(text, where)
-    if _checked_id(key_id) in before.keys:
-        raise EncryptionKeysUnusable(
-            f"{path} has a key {key_id!r} already: give the new one another id (--id)"
-        )
-    file = msgspec.json.decode(text, type=_File)
-    _write(path, _File(key_id, {**file.keys, key_id: _new_key()}, file.accept_plain), is_new=False)
+    with _locked(path.parent):
+        text = _from_file(path)
+        before = _parsed(text, where)
+        if _checked_id(key_id) in before.keys:
+            raise EncryptionKeysUnusable(
+                f"{path} has a key {key_id!r} already: give the new one another id (--id)"
+            )
+        file = msgspec.json.decode(text, type=_File)
+        added = _File(key_id, {**file.keys, key_id: _new_key()}, file.accept_plain)
+        _write(path, added, replaced=path.stat())
 
 
 def is_key_id(text: str) -> bool:
@@ -163,17 +168,30 @@ def _new_key() -> str:
     return base64.b64encode(secrets.token_bytes(KEY_BYTES)).decode()
 
 
-def _write(path: Path, file: _File, *, is_new: bool) -> None:
-    """Write the file whole, or not at all, as one that its owner alone can read."""
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep others from adding keys there meanwhile. Not by a lock of the file: it is replaced."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, file: _File, *, replaced: os.stat_result | None) -> None:
+    """Write the file whole, or not at all: new, for its owner alone to read, or like the one it replaces."""
     text = msgspec.json.format(msgspec.json.encode(file), indent=2) + b"\n"
     whole = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as out:
+            if replaced is not None:
+                _make_like(out.fileno(), path, replaced)
             out.write(text)
             out.flush()
             os.fsync(out.fileno())
-        if is_new:
+        if replaced is None:
             os.link(whole, path)  # unlike a rename, it replaces nothing
         else:
             whole.replace(path)
@@ -184,3 +202,15 @@ def _write(path: Path, file: _File, *, is_new: bool) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _make_like(descriptor: int, path: Path, replaced: os.stat_result) -> None:
+    """Give the file the owner, group and mode of the one that it replaces."""
+    try:
+        os.fchown(descriptor, replaced.st_uid, replaced.st_gid)
+    except PermissionError as error:
+        raise EncryptionKeysUnusable(
+            f"{path} belongs to user {replaced.st_uid} and group {replaced.st_gid}, and this user can make "
+            "no such file: nothing was changed; run the command as root"
+        ) from error
+    os.fchmod(descriptor, stat.S_IMODE(replaced.st_mode))
