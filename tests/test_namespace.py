@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -564,6 +565,21 @@ class TestStops:
         assert client.replies == []
         assert shard.namespace.statistics().records == 0
 
+    async def test_a_store_that_fails_as_it_gets_the_commit_is_a_commit_that_failed(
+        self, shard: Shard, client: Client, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(_: Batch) -> asyncio.Future[None]:
+            raise OSError("disk full")
+
+        monkeypatch.setattr(shard.store, "commit", fail)
+        client.write(set_record(ANN))
+        await asyncio.sleep(0)
+
+        assert [type(each) for each in shard.stopped] == [StoreUnavailable]
+        with pytest.raises(NotServing):
+            client.resend(set_record(ANN))
+        assert client.replies == []
+
     @pytest.mark.parametrize(
         ("failure", "reason"),
         [
@@ -793,6 +809,39 @@ class TestOneBatch:
         assert isinstance(error, VersionConflict)
         assert client.results == [1, 2]
         assert client.read(ANN, BOB, CID) == [view(None, None, {}, 1), view(None, None, {}, 2), None]
+
+    @pytest.mark.parametrize("in_transaction", [False, True])
+    async def test_an_operation_that_meets_what_nobody_expected_is_refused_alone(
+        self,
+        shard: Shard,
+        in_transaction: bool,  # noqa: FBT001
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        def fail(_: object) -> bytes:
+            raise KeyError("secret-key")
+
+        monkeypatch.setitem(shard.namespace._evaluator.methods, protocol.EnterState, fail)
+        broken = protocol.enter_state(BOB, (None, "state"), None)
+        if in_transaction:
+            broken = protocol.transact([set_record(BOB), broken])
+        clients = [shard.client(name) for name in ("under way", "ahead", "broken", "behind")]
+        clients[0].write(set_record(ANN))
+        clients[1].write(update_data(ANN, n=1))
+        clients[2].write(set_record(CID), broken)
+        clients[3].write(update_data(ANN, n=2))
+        await shard.settled()
+
+        _, ahead, (version, error), behind = (client.results for client in clients)
+        assert (ahead, version, behind) == ([ContentView({"n": 1}, 2)], 3, [ContentView({"n": 2}, 4)])
+        assert type(error) is FsmRayError
+        assert error.key == (None if in_transaction else "bob")
+        assert "met KeyError in fail (" in str(error)
+        assert "changed nothing" in str(error)
+        assert shard.client().read(BOB) == [None]
+        (line,) = caplog.messages
+        assert "refused an operation that met KeyError in fail (" in line
+        assert "secret-key" not in line
 
     async def test_an_operation_sees_those_before_it(self, shard: Shard, client: Client) -> None:
         client.write(
@@ -1313,6 +1362,21 @@ class TestMalformedRequests:
             write_request(1, [msgspec.msgpack.encode([3, "text", None])], SESSION),
             write_request(1, [b"\x93\x01\xc4\x01k\x81\xa1\xff\x01"], SESSION),
             write_request(1, [b"\x93\x01\xc4\x01k\x81\xa1a" + b"\x91" * 10_000], SESSION),
+            write_request(1, [protocol.set_record(ANN, None, None, b"\x80", None, ttl_ms=-1)], SESSION),
+            write_request(1, [protocol.set_data(ANN, b"\x80", None, -1)], SESSION),
+            write_request(1, [protocol.update_data(ANN, b"\x80", None, -1)], SESSION),
+            write_request(1, [protocol.enter_state(ANN, (None, None), None, -1)], SESSION),
+            write_request(
+                1, [protocol.patch(ANN, (b"\x80", [], b"\x80", b"\x80"), None, ttl_ms=-1)], SESSION
+            ),
+            write_request(
+                1, [protocol.commit_turn(ANN, (SESSION, 1), (None, None), b"\x80", 0, ttl_ms=-1)], SESSION
+            ),
+            msgspec.msgpack.encode([protocol.WRITE, -1, SESSION, False, [msgspec.Raw(GOOD)]]),
+            msgspec.msgpack.encode([protocol.COUNT, -1]),
+            protocol.watch_request(1, (None, None), None, math.nan)[4:],
+            protocol.watch_request(1, (None, None), None, -1.0)[4:],
+            protocol.grants_request(1, SESSION, math.inf)[4:],
         ],
     )
     async def test_a_malformed_request_is_refused_and_changes_nothing(

@@ -304,12 +304,13 @@ class Evaluator:
             undo.append((key, self._overlay.get(key, _ABSENT), key in effects.cleared))
             try:
                 self.methods[type(each)](each)
-            except FsmRayError as error:
+            except Exception as error:
                 for done in reversed(undo):
                     self._undo(*done)
                 self.version = version
                 del effects.changes[changes:]
-                error.key = key
+                if isinstance(error, FsmRayError):
+                    error.key = key
                 raise
         effects.unsent_bytes += sum(len(self._overlay.get(key) or b"") for key, _, _ in undo)
         return encode_result(self.version)

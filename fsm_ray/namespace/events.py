@@ -26,7 +26,9 @@ class Events:
         self._name = name
         self._tally = tally
         self._clock = clock
-        self._slow_commits, self._late_turns, self._troubles = (Seldom(clock=clock) for _ in range(3))
+        self._slow_commits, self._late_turns, self._troubles, self._failures = (
+            Seldom(clock=clock) for _ in range(4)
+        )
         self._unconfirmed_since_s: float | None = None
         self._refusing_since_s: float | None = None
         self._refused_at_s = 0.0
@@ -78,6 +80,13 @@ class Events:
             more = self._troubles.more()
             # Not with its traceback: what an error says may be a user's key.
             logger.error("%s: tidying up met %s%s", self._name, where(error), more)
+
+    def operation_failed(self, error: Exception) -> None:
+        """An operation met an error that nobody expected, and was refused."""
+        if self._failures.passes():
+            logger.error(
+                "%s: refused an operation that met %s%s", self._name, where(error), self._failures.more()
+            )
 
     def look_at_refusals(self) -> None:
         """Tell when refusing for want of room began and ended, and of commits by turns that were lost."""

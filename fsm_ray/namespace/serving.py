@@ -654,11 +654,20 @@ class Namespace:
             answers.append((self._tell_rewritten, b""))
         self._tally.commit_operations.add(operations)
         started_s, began_ns = self._lease_clock(), now_ns()
-        done = self._store.commit(Batch(self._evaluator.version, records, sessions, forgotten))
+        done = self._handed_over(Batch(self._evaluator.version, records, sessions, forgotten))
         commit = _Commit(done, started_s, effects, answers, began_ns, measured, evaluated)
         self._commits.append(commit)
         done.add_done_callback(functools.partial(self._committed, commit))
         self._commit_waiting()
+
+    def _handed_over(self, batch: Batch) -> asyncio.Future[None]:
+        """Give the batch to the store; done when it is kept."""
+        try:
+            return self._store.commit(batch)
+        except Exception as error:  # noqa: BLE001  # it is told as that of a commit that fails later
+            failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            failed.set_exception(error)
+            return failed
 
     def _evaluate_waiting(self) -> tuple[list[tuple[Answer, bytes]], list[tuple[int, int]], int]:
         """Evaluate what waits, as much as fits into one commit.
@@ -760,18 +769,24 @@ class Namespace:
             counted[kind] += 1
             try:
                 results.append(methods[kind](operation))
-            except FsmRayError as error:
-                # A failed operation leaves the others of its batch alone.
-                self._evaluated.count_failed(kind, error)
-                results.append(_encode_error(error, operation))
+            except Exception as error:  # noqa: BLE001  # whatever it is, the others of the commit are left alone
+                results.append(self._failed(operation, error))
         answer = reply(WRITE, request.number, results)
         self._answered[request.session] = Answered(request.number, answer, now_s)
         if len(answer) > LARGE_REPLY_BYTES:
             self._sessions.keep_large(request.session, len(answer))
         return answer
 
-
-def _encode_error(error: FsmRayError, operation: Write) -> bytes:
-    """Of a transaction, the error names the key of the operation that failed."""
-    key = vars(error).pop("key", None) if isinstance(operation, Transact) else operation.key
-    return protocol.encode_error(error, key)
+    def _failed(self, operation: Write, error: Exception) -> bytes:
+        """The result of an operation that met this error."""
+        if not isinstance(error, FsmRayError):
+            self._events.operation_failed(error)
+            error = FsmRayError(
+                f"a shard of bot {self._bot_name!r} met {where(error)}: this operation changed nothing. It "
+                "is a fault of fsm_ray, or of what sent it: report it",
+                bot=self._bot_name,
+            )
+        self._evaluated.count_failed(type(operation), error)
+        # Of a transaction, the error names the key of the operation that failed.
+        key = vars(error).pop("key", None) if isinstance(operation, Transact) else operation.key
+        return protocol.encode_error(error, key)

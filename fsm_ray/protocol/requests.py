@@ -15,7 +15,7 @@ answered when there are any, or in `wait_s`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import final
+from typing import Annotated, final
 
 import msgspec
 
@@ -59,6 +59,13 @@ BIN8 = tuple(b"\xc4" + bytes([length]) for length in range(256))
 """The msgpack head of a byte string of this length."""
 
 
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+"""Shards compute with it: with a negative one, a request is none."""
+
+WaitSeconds = Annotated[float, msgspec.Meta(ge=0, le=3_600)]
+"""Likewise; NaN would put a loop's timers out of order."""
+
+
 class SetRecord(msgspec.Struct, array_like=True, tag=SET_RECORD, gc=False):
     """Create or overwrite a record. Answer: the new version."""
 
@@ -67,7 +74,7 @@ class SetRecord(msgspec.Struct, array_like=True, tag=SET_RECORD, gc=False):
     state: str | None
     data: dict[str, msgspec.Raw]
     expected_version: int | None = None
-    ttl_ms: int | None = None
+    ttl_ms: Natural | None = None
 
 
 class SetData(msgspec.Struct, array_like=True, tag=SET_DATA, gc=False):
@@ -76,7 +83,7 @@ class SetData(msgspec.Struct, array_like=True, tag=SET_DATA, gc=False):
     key: bytes
     data: dict[str, msgspec.Raw]
     expected_version: int | None = None
-    ttl_ms: int | None = None
+    ttl_ms: Natural | None = None
 
 
 class EnterState(msgspec.Struct, array_like=True, tag=ENTER_STATE, gc=False):
@@ -86,7 +93,7 @@ class EnterState(msgspec.Struct, array_like=True, tag=ENTER_STATE, gc=False):
     flow: str | None
     state: str | None
     expected_version: int | None = None
-    ttl_ms: int | None = None
+    ttl_ms: Natural | None = None
 
 
 class UpdateData(msgspec.Struct, array_like=True, tag=UPDATE_DATA, gc=False):
@@ -95,7 +102,7 @@ class UpdateData(msgspec.Struct, array_like=True, tag=UPDATE_DATA, gc=False):
     key: bytes
     changes: dict[str, msgspec.Raw]
     expected_version: int | None = None
-    ttl_ms: int | None = None
+    ttl_ms: Natural | None = None
 
 
 class Clear(msgspec.Struct, array_like=True, tag=CLEAR, gc=False):
@@ -114,12 +121,12 @@ class CommitTurn(msgspec.Struct, array_like=True, tag=COMMIT_TURN, gc=False):
 
     key: bytes
     turn_session: bytes
-    turn: int
+    turn: Natural
     flow: str | None
     state: str | None
     data: dict[str, msgspec.Raw] | None
     expected_version: int
-    ttl_ms: int | None = None
+    ttl_ms: Natural | None = None
     update_id: int | None = None
 
 
@@ -132,7 +139,7 @@ class Patch(msgspec.Struct, array_like=True, tag=PATCH, gc=False):
     increment: dict[str, msgspec.Raw]
     append: dict[str, msgspec.Raw]
     expected_version: int | None = None
-    ttl_ms: int | None = None
+    ttl_ms: Natural | None = None
 
 
 Operation = SetRecord | SetData | EnterState | UpdateData | Clear | Patch
@@ -151,7 +158,7 @@ Write = Operation | CommitTurn | Transact
 class Begin(msgspec.Struct, array_like=True, tag=BEGIN, gc=False):
     """Begin a turn, or ask for it again. Answer: the record, nil where there is none; or false: it waits."""
 
-    turn: int
+    turn: Natural
     key: bytes
 
 
@@ -161,12 +168,12 @@ class End(msgspec.Struct, array_like=True, tag=END, gc=False):
     Of NO_TURN, it says that the session lives.
     """
 
-    turn: int
+    turn: Natural
 
 
 @final
 class WriteRequest(msgspec.Struct, array_like=True, tag=WRITE, gc=False):
-    number: int
+    number: Natural
     session: bytes
     is_resend: bool
     operations: list[Write]
@@ -174,18 +181,18 @@ class WriteRequest(msgspec.Struct, array_like=True, tag=WRITE, gc=False):
 
 @final
 class ReadContent(msgspec.Struct, array_like=True, tag=READ_CONTENT, gc=False):
-    number: int
+    number: Natural
     keys: list[bytes]
 
 
 @final
 class ReadRecord(msgspec.Struct, array_like=True, tag=READ_RECORD, gc=False):
-    number: int
+    number: Natural
     keys: list[bytes]
 
 
 class TurnRequest(msgspec.Struct, array_like=True, tag=TURN, gc=False):
-    number: int
+    number: Natural
     session: bytes
     operations: list[Begin | End]
 
@@ -193,15 +200,15 @@ class TurnRequest(msgspec.Struct, array_like=True, tag=TURN, gc=False):
 class GrantsRequest(msgspec.Struct, array_like=True, tag=GRANTS, gc=False):
     """What was granted to turns of this session that waited. Answer: a grant for each."""
 
-    number: int
+    number: Natural
     session: bytes
-    wait_s: float
+    wait_s: WaitSeconds
 
 
 class ScanRequest(msgspec.Struct, array_like=True, tag=SCAN, gc=False):
     """The next page of a scan. Answer: what was found, maybe nothing, and whether that was the last page."""
 
-    number: int
+    number: Natural
     scan: bytes
     page: int
     """Counts; the same page again gets the same reply."""
@@ -211,23 +218,23 @@ class ScanRequest(msgspec.Struct, array_like=True, tag=SCAN, gc=False):
     state: str | None
     after: bytes | None
     """Where a scan begins: behind this encoded key."""
-    limit: int
+    limit: Natural
 
 
 class CountRequest(msgspec.Struct, array_like=True, tag=COUNT, gc=False):
     """How many records there are. Answer: a count for each flow and state."""
 
-    number: int
+    number: Natural
 
 
 class WatchRequest(msgspec.Struct, array_like=True, tag=WATCH, gc=False):
     """Changes after version `since`; None: none yet. Answer: changes, and the version they reach up to."""
 
-    number: int
+    number: Natural
     flow: str | None
     state: str | None
     since: int | None
-    wait_s: float
+    wait_s: WaitSeconds
 
 
 Request = (
