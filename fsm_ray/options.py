@@ -6,6 +6,7 @@ The first `init` of a bot fixes its options; a later `init` must give the same o
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -108,6 +109,11 @@ class BotOptions(BaseModel):
             for name, field in self.__pydantic_fields__.items()
         }
         super().__setstate__(state | {"__dict__": known | state["__dict__"]})
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """What `repr` and `str` show: of the store's URL no password."""
+        for name, value in super().__repr_args__():
+            yield name, redacted(value) if name == "store" else value
 
     @property
     def store_scheme(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import string
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from fsm_ray.channel.handshake import Endpoint
 from fsm_ray.errors import InvalidBotName, InvalidOptions
 from fsm_ray.options import SLOTS, STORE_SCHEMES, BotOptions, check_bot_name, make_options
+from fsm_ray.routing.directory import BotDescription
+from fsm_ray.stores.base import Place
 
 NAME_CHARACTERS = string.ascii_letters + string.digits + "_.@-"
 
@@ -185,6 +189,20 @@ class TestAsAValue:
         options = BotOptions(shards=4, max_record_bytes=1024, allow_pickle=False, listen_host="127.0.0.1")
 
         assert pickle.loads(pickle.dumps(options)) == options
+
+    @pytest.mark.parametrize("show", [repr, str])
+    def test_they_show_no_password_nor_does_what_holds_them(self, show: Callable[[object], str]) -> None:
+        options = BotOptions(store="redis://user:secret@host:6379/0?password=secret", shards=4)
+        holders = (
+            options,
+            Endpoint(options, "node", "/socket", None, b"proof"),
+            BotDescription("bot", options),
+            Place(url=options.store, bot_name="bot", shard=0, shards=4, lease_s=5.0),
+        )
+
+        assert [show(each) for each in holders if "secret" in show(each)] == []
+        assert "redis://user:***@host:6379/0" in show(options)
+        assert "shards=4" in show(options)
 
     def test_options_are_equal_when_every_value_is_and_only_then(self) -> None:
         assert BotOptions(shards=4) == BotOptions(shards=4)

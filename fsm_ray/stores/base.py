@@ -98,8 +98,8 @@ class Contents:
 class Place:
     """Where the records of one shard are kept."""
 
-    url: str
-    """The bot's `BotOptions.store`."""
+    url: str = field(repr=False)
+    """The bot's `BotOptions.store`; it may hold a password."""
     bot_name: str
     shard: int
     shards: int
