@@ -46,9 +46,7 @@ class Sessions:
         self._large: dict[bytes, int] = {}
         """Sessions that may have a large reply, and its size; the one that got it first comes first."""
         self._large_bytes = 0
-        for session, last in answered.items():
-            if len(last.reply) > LARGE_REPLY_BYTES:
-                self.keep_large(session, len(last.reply))
+        self._bound_large(answered)
 
     def __len__(self) -> int:
         return len(self.answered)
@@ -86,9 +84,10 @@ class Sessions:
     def remember(self, answered: Mapping[bytes, Answered]) -> None:
         """Take over the answers of a commit."""
         self.answered.update(answered)
+        self._bound_large(answered)
 
     def keep_large(self, session: bytes, size: int) -> None:
-        """Take note that the session has a large reply, or is about to; forget older ones if need be."""
+        """Take note that the session has a large reply; forget older ones if need be."""
         self._large_bytes += size - self._large.pop(session, 0)
         self._large[session] = size
         while self._large_bytes > MAX_LARGE_BYTES and len(self._large) > 1:
@@ -103,6 +102,12 @@ class Sessions:
         """The sessions that were forgotten since the last commit, without those that wrote again."""
         forgotten, self._forgotten = self._forgotten, set()
         return forgotten.difference(answered) if forgotten else forgotten
+
+    def _bound_large(self, answered: Mapping[bytes, Answered]) -> None:
+        """Keep the large ones among these answers, which were taken over."""
+        for session, last in answered.items():
+            if len(last.reply) > LARGE_REPLY_BYTES:
+                self.keep_large(session, len(last.reply))
 
     def _make_room(self, uncommitted: Mapping[bytes, Answered]) -> None:
         """Forget what is old, now and then; refuse when there are too many all the same."""

@@ -192,8 +192,6 @@ class TestReplies:
 
     def answered(self, known: Sessions, name: bytes, number: int, size: int) -> None:
         known.remember({name: Answered(number, b"r" * size, 1_000.0)})
-        if size > sessions.LARGE_REPLY_BYTES:
-            known.keep_large(name, size)
 
     def recall(self, known: Sessions, name: bytes, number: int) -> bytes | None:
         request = protocol.WriteRequest(number, name, is_resend=True, operations=[])
@@ -258,6 +256,24 @@ class TestReplies:
         kept = shard.namespace._sessions.answered
         assert len(kept) == 20
         assert sum(len(each.reply) for each in kept.values()) <= 30_000
+
+    async def test_those_of_one_commit_are_bounded_too(
+        self, shard: Shard, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sessions, "MAX_LARGE_BYTES", 30_000)
+        shard.client("under way").write(set_data(BOB))
+        clients = [shard.client(str(number)) for number in range(20)]
+        for client in clients:
+            client.write(update_data(ANN, name="x" * self.LARGE))
+        await shard.settled()
+
+        kept = shard.namespace._sessions.answered
+        assert sum(len(each.reply) for each in kept.values()) <= 30_000
+        assert len(shard.store.batches) == 2
+        clients[-1].resend(update_data(ANN, name="x" * self.LARGE))
+        clients[0].resend(update_data(ANN, name="x" * self.LARGE))
+        assert clients[-1].replies[1] == clients[-1].replies[0]
+        assert isinstance(clients[0].results[0], OutcomeUnknown)
 
 
 class TestTurns:

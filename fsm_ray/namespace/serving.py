@@ -773,7 +773,8 @@ class Namespace:
                 results.append(self._failed(operation, error))
         answer = reply(WRITE, request.number, results)
         self._answered[request.session] = Answered(request.number, answer, now_s)
-        if len(answer) > LARGE_REPLY_BYTES:
+        if len(answer) > LARGE_REPLY_BYTES and not self._is_durable:
+            # Those of a commit are remembered, and counted, as it is handed over.
             self._sessions.keep_large(request.session, len(answer))
         return answer
 
