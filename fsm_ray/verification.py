@@ -345,8 +345,8 @@ def _check_session(report: ShardReport, row: Row, seals: _Seals) -> None:
     try:
         answered = decode_answered(row.value)
         reply = seals.reply(row, answered)
-        if reply is None:
-            return
+        if not reply:
+            return  # it cannot be seen, or was a large one, and forgotten
         _, number, _ = _decode_reply(reply[4:])
     except _UNREADABLE as error:
         report.find(row.where, f"the session's last answer cannot be read: {error}")

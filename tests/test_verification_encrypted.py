@@ -97,6 +97,15 @@ async def test_a_sound_store_passes_with_its_keys_and_without(kind: Kind, where:
     assert (opened.is_opened, unseen.is_opened) == (True, False)
 
 
+async def test_an_answer_that_was_forgotten_and_encrypted_again_is_sound(kind: Kind, where: str) -> None:
+    forgotten = Answered(7, b"", 1_700_000_000.0)
+    await commit_all(encrypted(kind, where), [Batch(1, {}, {b"session".ljust(16): forgotten})])
+    [report] = await reports(kind, where)
+
+    assert problems(report) == []
+    assert report.sessions == 1
+
+
 def cut(blob: bytes) -> bytes:
     return blob[:-1]
 
