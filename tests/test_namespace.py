@@ -611,6 +611,26 @@ class TestStops:
             client.write(set_record(CID))
         assert len(shard.store.batches) == 1
 
+    async def test_who_waits_for_changes_or_a_grant_is_answered_no_more(
+        self, shard: Shard, client: Client
+    ) -> None:
+        # Those that came as Ray calls were told by then, and cannot be told twice.
+        answers: list[bytes] = []
+        for request in (
+            protocol.watch_request(1, (None, None), 0, 0.001),
+            protocol.grants_request(1, session_of("waits"), 0.001),
+        ):
+            assert shard.namespace.handle(request[4:], answers.append) is None
+        client.write(set_record(ANN))
+        shard.store.done(StoreUnavailable("disk full"))
+        later = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.002, later.set)
+        async with asyncio.timeout(60):
+            await later.wait()
+
+        assert len(shard.stopped) == 1
+        assert answers == []
+
     async def test_a_namespace_that_is_closed_waits_for_its_commit_and_answers_nobody(
         self, shard: Shard, client: Client
     ) -> None:

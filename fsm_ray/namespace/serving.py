@@ -581,6 +581,8 @@ class Namespace:
             self._serves_until_s = -math.inf
             self._waiting.clear()
             self._waiting_bytes = 0
+            self._turns.stop()
+            self._watches.stop()
             if self._rewritten is not None:
                 self._rewritten.cancel()
             self._on_stopped(reason)

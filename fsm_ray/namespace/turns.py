@@ -100,6 +100,11 @@ class Turns:
             self._stop_listening(session)
         self.leases.disconnected(connection)
 
+    def stop(self) -> None:
+        """Answer nobody any more."""
+        for session in tuple(self._listening):
+            self._stop_listening(session)
+
     def _tell(self, session: bytes) -> None:
         """Answer who listens for this session."""
         listening = self._stop_listening(session)

@@ -124,6 +124,15 @@ class Watches:
                 waiting.timer.cancel()
                 del self._waiting[number]
 
+    def stop(self) -> None:
+        """Answer nobody any more."""
+        for waiting in self._waiting.values():
+            waiting.timer.cancel()
+        self._waiting.clear()
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+
     def forget_idle(self) -> None:
         """Drop the ring if nobody watches."""
         if self._waiting:
