@@ -99,6 +99,26 @@ class TestCommits:
 
         assert [results for _, results in under_way.replies] == [[1], [1]]
 
+    async def test_a_write_that_is_sent_again_and_again_takes_one_more_place_and_gets_each_reply(
+        self, shard: Shard
+    ) -> None:
+        under_way, client = shard.client("one"), shard.client("two")
+        under_way.write(set_data(ANN))
+        client.write(set_data(BOB))
+        waiting_bytes = shard.namespace._waiting_bytes
+        elsewhere = [shard.client("two") for _ in range(10)]
+        for again in elsewhere:
+            again.send(1, set_data(BOB), is_resend=True)
+
+        assert len(shard.namespace._waiting) == 2
+        assert shard.namespace._waiting_bytes == 2 * waiting_bytes
+        await shard.settled()
+        assert [again.replies for again in (client, *elsewhere)] == [[(1, [2])]] * 11
+        assert shard.namespace._resent == {}
+        assert shard.namespace.statistics().operations == 2
+        client.resend(set_data(BOB))
+        assert client.replies == [(1, [2])] * 2
+
     async def test_a_write_of_any_size_is_taken_when_nothing_waits(
         self, shard: Shard, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -222,6 +222,9 @@ class Namespace:
         """Writes that are to be committed, who gets their replies, when they came (0: that is not measured),
         and how many bytes they take."""
         self._waiting_bytes = 0
+        self._resent: dict[tuple[bytes, int], list[Answer]] = {}
+        """Session and number of those of them that were sent again -> all who get the reply. They are not
+        bounded by MAX_WAITING_BYTES, so one that comes once more takes no further place."""
         self._due: list[bytes] = []
         self._stale = contents.stale
         self._rewriting = Stale()
@@ -581,6 +584,7 @@ class Namespace:
             self._serves_until_s = -math.inf
             self._waiting.clear()
             self._waiting_bytes = 0
+            self._resent.clear()
             self._turns.stop()
             self._watches.stop()
             if self._rewritten is not None:
@@ -604,6 +608,11 @@ class Namespace:
                 bot=self._bot_name,
             )
             return refusal(request, error, self._tally)
+        if request.is_resend:
+            answers = self._resent.setdefault((request.session, request.number), [])
+            answers.append(answer)
+            if len(answers) > 1:
+                return None
         self._waiting.append((request, answer, began_ns, size))
         self._waiting_bytes += size
         self._commit_waiting()
@@ -685,7 +694,11 @@ class Namespace:
             answered = self._evaluate(request)
             total += size + len(answered)
             operations += len(request.operations)
-            answers.append((answer, answered))
+            if request.is_resend:
+                resent = self._resent.pop((request.session, request.number))
+                answers += [(each, answered) for each in resent]
+            else:
+                answers.append((answer, answered))
             if began_ns:
                 measured.append((len(request.operations), began_ns))
         return answers, measured, operations
