@@ -198,7 +198,7 @@ class ShardHost:
             InvalidInput: the bot's store is not encrypted.
             EncryptionKeysUnusable: see `RotatingStore.rotate`; and as `open`.
         """
-        namespace = await self._opened()
+        await self._opened()
         store = self._store
         if not isinstance(store, RotatingStore):
             raise InvalidInput(
@@ -206,7 +206,9 @@ class ShardHost:
                 "store, drop it, and init it with some",
                 bot=self._bot_name,
             )
-        if store.rotate():
+        has_rotated = await store.rotate()
+        namespace = await self._opened()  # another one, if it stopped meanwhile
+        if has_rotated:
             namespace.make_all_stale()
             logger.info("%s: encrypts with the key %r", self._name, store.key_id)
         self._rewrite_stale(namespace, store)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from fsm_ray.errors import (
 )
 from fsm_ray.record import check_blob, encode_content, front_of
 from fsm_ray.stores import cipher as cipher_module
+from fsm_ray.stores import encrypted
 from fsm_ray.stores.base import Answered, Batch, Contents, OwnedStore, Place, lease_clock
 from fsm_ray.stores.cipher import Cipher
 from fsm_ray.stores.encrypted import EncryptedStore
@@ -511,11 +513,11 @@ async def test_what_was_committed_before_the_rotation_is_read_with_its_own_key(
 async def test_a_commit_takes_the_row_of_an_earlier_key_away(disk: Disk, where: str, path: Path) -> None:
     async with opened(store_on(disk, where)) as (store, _):
         assert isinstance(store, EncryptedStore)
-        assert not store.rotate()
+        assert not await store.rotate()
         old_row, _ = sole(disk.contents.records)
         add_key(path, "second")
 
-        assert store.rotate()
+        assert await store.rotate()
         assert store.key_id == "second"
         await store.commit(BATCH)
 
@@ -546,6 +548,26 @@ async def test_a_row_of_an_earlier_key_that_is_put_back_is_refused(
     await refused(disk, where, "one of them was put back")
 
 
+async def test_a_rotation_does_not_hold_up_the_loop(
+    disk: Disk, where: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_read = threading.Event()
+
+    def read_slowly(where: str) -> Keyring:
+        assert may_read.wait(60)
+        return read_keyring(where)
+
+    async with opened(store_on(disk, where)) as (store, _):
+        assert isinstance(store, EncryptedStore)
+        add_key(path, "second")
+        monkeypatch.setattr(encrypted, "read_keyring", read_slowly)
+        rotations = [asyncio.create_task(store.rotate()) for _ in range(2)]
+        await store.commit(BATCH)
+        may_read.set()
+
+        assert await asyncio.gather(*rotations) == [True, False]
+
+
 @pytest.mark.parametrize("change", ["missing", "another"])
 async def test_a_rotation_whose_keys_lack_one_in_use_changes_nothing(
     disk: Disk, where: str, path: Path, change: str
@@ -558,7 +580,7 @@ async def test_a_rotation_whose_keys_lack_one_in_use_changes_nothing(
         change_keys(path, keys={"second": keys["second"], **first})
 
         with pytest.raises(EncryptionKeysUnusable, match="'first' is in use") as caught:
-            store.rotate()
+            await store.rotate()
 
         assert caught.value.key_id == "first"
         assert store.key_id == "first"
@@ -573,12 +595,12 @@ async def test_once_everything_was_rewritten_the_earlier_key_can_go(
     async with opened(store_on(disk, where)) as (store, _):
         assert isinstance(store, EncryptedStore)
         add_key(path, "second")
-        store.rotate()
+        await store.rotate()
         await store.commit(BATCH)
         store.rotated()
         change_keys(path, keys={"second": keys_of(path)["keys"]["second"]})
 
-        assert not store.rotate()
+        assert not await store.rotate()
 
     assert (await contents_of(store_on(disk, where))) == Contents(7, {KEY: BLOB}, {SESSION: ANSWERED})
 
@@ -629,7 +651,7 @@ async def test_numbered_batches_are_kept_through_a_rotation(disk: Disk, where: s
         for batch in batches[:3]:
             await store.commit(batch)
         add_key(path, "second")
-        store.rotate()
+        await store.rotate()
         for batch in batches[3:]:
             await store.commit(batch)
 

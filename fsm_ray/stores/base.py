@@ -250,7 +250,7 @@ class RotatingStore(Store):
         """The id of the key that commits are encrypted with."""
 
     @abstractmethod
-    def rotate(self) -> bool:
+    async def rotate(self) -> bool:
         """Read the keys again; True if another one is the current one now, and all is to be committed again.
 
         Until `rotated` is called, a commit of a record also removes what an earlier key left of it.

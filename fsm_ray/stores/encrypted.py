@@ -34,7 +34,7 @@ from fsm_ray.protocol import version_told
 from fsm_ray.record import check_blob, version_in
 from fsm_ray.stores.base import Answered, Batch, Contents, OwnedStore, RotatingStore, Stale, lease_clock
 from fsm_ray.stores.cipher import Cipher
-from fsm_ray.stores.keyring import read_keyring
+from fsm_ray.stores.keyring import Keyring, read_keyring
 from fsm_ray.stores.sealed import (
     LENGTH_BYTES,
     NOT_ENCRYPTED,
@@ -152,6 +152,7 @@ class EncryptedStore(RotatingStore):
         self._where = where
         self._clock = clock
         self._keys: _Keys | None = None
+        self._rotating = asyncio.Lock()
         self._record_bound = record_bound(inner.place.bot_name, inner.place.shard)
         self._session_bound = session_bound(inner.place.bot_name, inner.place.shard)
 
@@ -229,14 +230,29 @@ class EncryptedStore(RotatingStore):
         """See `Store.close`."""
         await self.inner.close()
 
-    def rotate(self) -> bool:
+    async def rotate(self) -> bool:
         """See `RotatingStore.rotate`."""
+        # One at a time: what is read later is applied later.
+        async with self._rotating:
+            try:
+                keyring = await asyncio.to_thread(read_keyring, self._where)
+            except EncryptionKeysUnusable as error:
+                raise self._about(error) from None
+            return self._rotate_to(keyring)
+
+    def rotated(self) -> None:
+        """See `RotatingStore.rotated`."""
+        self._opened.earlier.clear()
+
+    @property
+    def _opened(self) -> _Keys:
+        if self._keys is None:
+            raise RuntimeError("the store was never opened")
+        return self._keys
+
+    def _rotate_to(self, keyring: Keyring) -> bool:
         keys = self._opened
         used = keys.cipher.keyring
-        try:
-            keyring = read_keyring(self._where)
-        except EncryptionKeysUnusable as error:
-            raise self._about(error) from None
         for key_id in {used.current, *keys.earlier}:
             if key_id is not None and keyring.keys.get(key_id) != used.keys[key_id]:
                 raise EncryptionKeysUnusable(
@@ -253,16 +269,6 @@ class EncryptedStore(RotatingStore):
         cipher = Cipher(keyring)
         self._keys = _Keys(cipher, self._row_maker(cipher, keyring.current), earlier)
         return True
-
-    def rotated(self) -> None:
-        """See `RotatingStore.rotated`."""
-        self._opened.earlier.clear()
-
-    @property
-    def _opened(self) -> _Keys:
-        if self._keys is None:
-            raise RuntimeError("the store was never opened")
-        return self._keys
 
     def _row_maker(self, cipher: Cipher, key_id: str | None) -> _RowOf:
         return bytes if key_id is None else cipher.row_maker(key_id, self.inner.place.bot_name)
