@@ -134,17 +134,26 @@ class ShardHost:
         return self._namespace is not None or self._final is not None or self._recovery_s > 0
 
     async def endpoint(self, node_id: str) -> Endpoint:
-        """Where a client of this node connects. Begins to listen when need be; raises as `open`."""
+        """Where a client of this node connects. Begins to listen when need be.
+
+        Raises:
+            NamespaceUnavailable: the namespace stopped meanwhile: ask again; and as `open`.
+        """
         namespace = await self._opened()
         async with self._listening:
+            self._check_serves(namespace)
             if self._server is None or self._endpoint is None:
-                self._server, self._endpoint = await self._listen(namespace)
-            if self._endpoint.tcp_address is None and node_id != self._endpoint.node_id:
+                server, endpoint = await self._listen(namespace)
+                self._check_serves(namespace, server)
+                self._server, self._endpoint = server, endpoint
+            server, endpoint = self._server, self._endpoint
+            if endpoint.tcp_address is None and node_id != endpoint.node_id:
                 node_address = ray.util.get_node_ip_address()
-                host, port = await self._server.listen_tcp(self.options.listen_host or node_address)
+                host, port = await server.listen_tcp(self.options.listen_host or node_address)
+                self._check_serves(namespace, server)
                 # Who listens everywhere is found at the node's own address.
                 address = (node_address if host in _EVERYWHERE else host, port)
-                self._endpoint = dataclasses.replace(self._endpoint, tcp_address=address)
+                self._endpoint = dataclasses.replace(endpoint, tcp_address=address)
             return self._endpoint
 
     async def exchange(self, request: bytes) -> bytes:
@@ -386,6 +395,17 @@ class ShardHost:
 
     def _unavailable(self, why: str) -> NamespaceUnavailable:
         return NamespaceUnavailable(f"{self._name}: {why}", bot=self._bot_name)
+
+    def _check_serves(self, namespace: Namespace, begun: Server | None = None) -> None:
+        """See to it that no server that was begun for a namespace outlives it.
+
+        Raises:
+            NamespaceUnavailable: the namespace stopped meanwhile.
+        """
+        if self._namespace is not namespace:
+            if begun is not None:
+                begun.close()
+            raise self._unavailable("it has just stopped")
 
     async def _listen(self, namespace: Namespace) -> tuple[Server, Endpoint]:
         server = Server(namespace.handle, namespace.disconnected, name=self._name, tally=self._tally)
