@@ -1172,6 +1172,18 @@ class TestTheUnixSocket:
 
         assert not path.exists()
 
+    def test_close_leaves_the_socket_of_a_server_that_came_after_it(self, running: RunningServer) -> None:
+        running.run(running.server.listen_unix("shard"))
+        successor = Server(lambda body, _: frame(bytes(body)))
+        address = running.run(successor.listen_unix("shard"))
+        running.call(running.server.close)
+        with contextlib.closing(BlockingConnection(address, successor.secret, DEADLINE_S)) as connection:
+            answer = bytes(connection.exchange(frame(b"hello")))
+        running.call(successor.close)
+
+        assert answer == b"hello"
+        assert list(socket_directory().iterdir()) == []
+
     def test_close_may_be_repeated(self, running: RunningServer) -> None:
         running.run(running.server.listen_unix("shard"))
         running.call(running.server.close)
