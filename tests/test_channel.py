@@ -1053,11 +1053,11 @@ class TestTheUnixSocket:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert stat.S_ISSOCK(path.stat().st_mode)
 
-    @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077, 0o277])
+    @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077, 0o277, 0o777])
     def test_its_directory_is_its_owners_alone_whatever_the_umask(
         self, running: RunningServer, temporary: Path, umask: int
     ) -> None:
-        old = os.umask(umask & 0o077)
+        old = os.umask(umask)
         try:
             path = Path(running.run(running.server.listen_unix("shard")))
         finally:
@@ -1065,6 +1065,7 @@ class TestTheUnixSocket:
 
         assert path.parent == temporary / f"fsm_ray-{os.getuid()}"
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
     @pytest.mark.parametrize("mode", [0o777, 0o755, 0o750, 0o710, 0o701, 0o720, 0o704])
     def test_a_directory_that_others_can_enter_is_refused(self, temporary: Path, mode: int) -> None:
@@ -1072,7 +1073,28 @@ class TestTheUnixSocket:
         directory.mkdir()
         directory.chmod(mode)
 
-        with pytest.raises(ConfigurationError, match="chmod"):
+        with pytest.raises(ConfigurationError, match="chmod it 700"):
+            socket_directory()
+
+    @pytest.mark.parametrize("mode", [0o000, 0o500, 0o600, 0o300])
+    def test_a_directory_that_its_owner_cannot_use_is_refused_before_it_is_tried(
+        self, temporary: Path, mode: int
+    ) -> None:
+        directory = temporary / f"fsm_ray-{os.getuid()}"
+        directory.mkdir()
+        directory.chmod(mode)
+
+        with pytest.raises(ConfigurationError, match="chmod it 700"):
+            socket_directory()
+
+    @pytest.mark.parametrize("where", ["gone", "a file"])
+    def test_where_no_directory_can_be_made_the_error_names_the_cure(
+        self, temporary: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    ) -> None:
+        (temporary / "a file").touch()
+        monkeypatch.setattr(tempfile, "tempdir", str(temporary / where))
+
+        with pytest.raises(ConfigurationError, match="set TMPDIR"):
             socket_directory()
 
     def test_a_directory_of_somebody_else_is_refused(

@@ -412,13 +412,23 @@ def socket_directory() -> Path:
     """The directory of this user's sockets, made when it is not there.
 
     Raises:
-        ConfigurationError: somebody else owns it, or others may enter.
+        ConfigurationError: it cannot be made, somebody else owns it, others may enter, or its owner may not.
     """
     directory = Path(tempfile.gettempdir()) / f"fsm_ray-{os.getuid()}"
-    with contextlib.suppress(FileExistsError):
+    try:
         directory.mkdir(mode=0o700)
+        # An umask may have taken rights from the owner, too.
+        directory.chmod(0o700)
+    except FileExistsError:
+        pass  # what it is, is looked at below
+    except OSError as error:
+        raise ConfigurationError(
+            f"the directory of this user's sockets, {directory}, cannot be made ({error.strerror}): "
+            "set TMPDIR to a directory in which it can, on all nodes"
+        ) from error
     found = directory.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    if not is_own or found.st_mode & 0o777 != stat.S_IRWXU:
         raise ConfigurationError(
             f"{directory} must be a directory of this user that nobody else can enter: "
             "remove it, or chmod it 700; if somebody else made it, "
