@@ -23,6 +23,7 @@ from fsm_ray.channel.client import Address, open_blocking
 from fsm_ray.channel.handshake import HandshakeFailed
 from fsm_ray.channel.intake import Intake
 from fsm_ray.channel.outflow import PATIENCE_S, Outflow
+from fsm_ray.channel.pacing import PacedTransport
 from fsm_ray.channel.server import ServerConnection, socket_directory
 from fsm_ray.errors import ConfigurationError
 from fsm_ray.protocol import PROTOCOL_VERSION, frame
@@ -94,6 +95,49 @@ async def ask_by_blocking(address: Address, secret: bytes, body: bytes = b"hello
 
 
 both_clients = pytest.mark.parametrize("ask", [ask_by_loop, ask_by_blocking])
+
+
+class TestKeepalive:
+    """A node that lost power is found out by the systems of those that it was connected with."""
+
+    @pytest.mark.parametrize("is_tls", [False, True])
+    async def test_both_ends_of_a_connection_between_nodes_ask_after_each_other(
+        self,
+        running: RunningServer,
+        authority: Authority,
+        is_tls: bool,  # noqa: FBT001
+    ) -> None:
+        with environment(authority.environment("node") if is_tls else {}):
+            address = await asyncio.to_thread(running.run, running.server.listen_tcp("127.0.0.1"))
+            by_loop = LoopClient()
+            await by_loop.open(address, running.secret)
+            with contextlib.closing(open_blocking(address, running.secret, DEADLINE_S)) as blocking:
+                transports = [
+                    by_loop.connection._transport,
+                    *(each._transport for each in running.server.connections),
+                ]
+                sockets = [_socket_of(each) for each in transports]
+
+                assert [minutes_until_it_is_ended(each) for each in (*sockets, blocking._socket)] == [1.0] * 4
+        by_loop.connection.close()
+        await asyncio.to_thread(running.until, lambda: not running.server.connections)
+
+
+def _socket_of(transport: asyncio.Transport | None) -> socket.socket:
+    assert transport is not None
+    secured = transport._secured if isinstance(transport, PacedTransport) else transport
+    found: socket.socket = secured.get_extra_info("socket")
+    return found
+
+
+def minutes_until_it_is_ended(connection: socket.socket) -> float:
+    """How long the system keeps a connection of whose peer nothing is heard."""
+    assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    idle_s, interval_s, probes = (
+        connection.getsockopt(socket.IPPROTO_TCP, option)
+        for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    )
+    return (idle_s + interval_s * probes) / 60
 
 
 class TestProofs:

@@ -14,6 +14,7 @@ from typing import cast
 from fsm_ray.channel import handshake, tls
 from fsm_ray.channel.frames import FrameProtocol, FrameTooLong
 from fsm_ray.channel.handshake import HANDSHAKE_TIMEOUT_S, MAX_HANDSHAKE_BYTES, Endpoint, HandshakeFailed
+from fsm_ray.channel.keepalive import keep_alive
 from fsm_ray.protocol import MAX_REPLY_BYTES, frame
 
 CONNECT_TIMEOUT_S = 2.0
@@ -129,7 +130,8 @@ async def open_connection(
                 await loop.create_unix_connection(lambda: connection, sock=own)
             else:
                 context = tls.client_context() if tls.is_wanted() else None
-                await loop.create_connection(lambda: connection, *address, ssl=context)
+                transport, _ = await loop.create_connection(lambda: connection, *address, ssl=context)
+                keep_alive(transport.get_extra_info("socket"))
             await connection.opened
     except BaseException:
         connection.close()
@@ -189,6 +191,7 @@ class BlockingConnection:
         else:
             self._socket = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            keep_alive(self._socket)
         try:
             self._socket.settimeout(min(CONNECT_TIMEOUT_S, timeout_s))
             self._socket.connect(address)

@@ -22,6 +22,7 @@ from fsm_ray.channel import handshake, tls
 from fsm_ray.channel.frames import FrameProtocol
 from fsm_ray.channel.handshake import HANDSHAKE_TIMEOUT_S, MAX_HANDSHAKE_BYTES, HandshakeFailed
 from fsm_ray.channel.intake import Intake
+from fsm_ray.channel.keepalive import keep_alive
 from fsm_ray.channel.outflow import Outflow
 from fsm_ray.channel.pacing import PacedTransport
 from fsm_ray.errors import ConfigurationError
@@ -334,6 +335,8 @@ class Server:
             lambda: ServerConnection(self, handshake.TCP), host, 0
         )
         self._listeners.append(listener)
+        for listening in listener.sockets:
+            keep_alive(listening)
         port: int = listener.sockets[0].getsockname()[1]
         return host, port
 
@@ -350,6 +353,7 @@ class Server:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, 0), family=family)
         listening.settimeout(0)
+        keep_alive(listening)
         port: int = listening.getsockname()[1]
         accepting = asyncio.get_running_loop().create_task(self._accept(listening, context, transport_name))
         self._accepting.append(accepting)
