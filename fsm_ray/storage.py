@@ -926,11 +926,12 @@ class AsyncStorage(_Facade):
         """Close the connections of all loops; operations that wait raise StorageClosed. The bots live on."""
         self._is_closed = True
         self._here = _NOWHERE
+        self._abandon_closed_loops()
         for loop, keeper in tuple(self._keepers.items()):
             if loop is asyncio.get_running_loop():
                 keeper.cancel()
                 await asyncio.wait([keeper])
-            elif not loop.is_closed():
+            else:
                 loop.call_soon_threadsafe(keeper.cancel)
         self._directory.metrics.publish()
 
@@ -954,8 +955,11 @@ class AsyncStorage(_Facade):
         loop = asyncio.get_running_loop()
         bots = self._loops.get(loop)
         if bots is None:
+            self._abandon_closed_loops()
             bots = self._loops[loop] = {}
-            self._keepers[loop] = loop.create_task(self._keep(loop, bots))
+            self._keepers[loop] = keeper = loop.create_task(self._keep(loop))
+            # Where a loop is closed without cancelling its tasks, asyncio would complain about this one.
+            keeper._log_destroy_pending = False  # type: ignore[attr-defined]  # noqa: SLF001
         self._here = (get_ident(), loop.is_running, bots)
         _forked_along.add(self)
         return bots
@@ -965,16 +969,31 @@ class AsyncStorage(_Facade):
         self._here = _NOWHERE
         self._loops, self._keepers, self._searches = {}, {}, {}
 
-    async def _keep(self, loop: asyncio.AbstractEventLoop, bots: dict[str, LoopBot]) -> None:
+    async def _keep(self, loop: asyncio.AbstractEventLoop) -> None:
         """Close the loop's connections when the loop ends, which cancels its tasks, or the storage closes."""
         try:
             await asyncio.Event().wait()
         finally:
-            if self._here[2] is bots:
-                self._here = _NOWHERE
-            del self._loops[loop], self._keepers[loop]
-            for bot in bots.values():
-                bot.close(_closed)
+            for bot in self._leave(loop).values():
+                if loop.is_closed():
+                    bot.abandon()  # this is the garbage collection
+                else:
+                    bot.close(_closed)
+
+    def _leave(self, loop: asyncio.AbstractEventLoop) -> dict[str, LoopBot]:
+        """Forget the loop, and return its bots."""
+        bots = self._loops.pop(loop, {})
+        self._keepers.pop(loop, None)
+        if self._here[2] is bots:
+            self._here = _NOWHERE
+        return bots
+
+    def _abandon_closed_loops(self) -> None:
+        """End the connections of loops that were closed without cancelling their tasks: no keeper did."""
+        for loop in tuple(self._loops):
+            if loop.is_closed():
+                for bot in self._leave(loop).values():
+                    bot.abandon()
 
     async def _bot(self, bot_name: str) -> LoopBot:
         return self._bots().get(bot_name) or await self._resolve(bot_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import ssl
@@ -65,6 +66,15 @@ class ClientConnection(FrameProtocol):
         """End the connection without `on_lost`."""
         self._on_lost = _nothing
         self._abort()
+
+    def abandon(self) -> None:
+        """End a connection whose loop was closed; asyncio leaves its socket open then, uvloop does not."""
+        with contextlib.suppress(RuntimeError):
+            self.close()  # as far as it can without the loop
+        connected = None if self._transport is None else self._transport.get_extra_info("socket")
+        if connected is not None and connected.fileno() >= 0:
+            with contextlib.suppress(OSError):
+                connected.shutdown(socket.SHUT_RDWR)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)

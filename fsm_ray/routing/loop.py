@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 
 from fsm_ray import protocol
 from fsm_ray.actor import NamespaceActor
-from fsm_ray.channel.client import addresses, open_connection
+from fsm_ray.channel.client import ClientConnection, addresses, open_connection
 from fsm_ray.channel.handshake import HandshakeFailed
 from fsm_ray.codec import encode_key
 from fsm_ray.errors import FsmRayError, NamespaceUnavailable, OutcomeUnknown, ProtocolMismatch
@@ -138,6 +138,11 @@ class Shard:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def abandon(self) -> None:
+        """End the connection of a loop that was closed, on which nothing else can be done."""
+        if isinstance(self._connection, ClientConnection):
+            self._connection.abandon()
 
     def fail(
         self, error: Callable[[], FsmRayError], of_write_under_way: Callable[[], FsmRayError] | None = None
@@ -324,6 +329,11 @@ class LoopBot:
     def shard_of(self, key: bytes) -> Shard:
         """The shard that has this encoded key."""
         return self.shards[0 if self._is_single else self.route.shard_of(key)]
+
+    def abandon(self) -> None:
+        """End the connections of a loop that was closed."""
+        for shard in self.shards:
+            shard.abandon()
 
     def close(self, error: Callable[[], FsmRayError]) -> None:
         """End the connections; operations that wait get this error."""
