@@ -51,7 +51,7 @@ _NEAR_UPDATES = 1_024
 """Updates are remembered while one so near may come again: Telegram delivers at most 100 at a time, and
 numbers them in sequence, until a week without any."""
 
-_MAX_TTLS = 65_536
+_MAX_TTLS = 4_096
 """Heads of which the time to live is known: bots may make up names of states as they go."""
 
 _ABSENT = b""
