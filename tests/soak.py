@@ -10,7 +10,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,11 @@ KEYS = 2_000
 TASKS = 24
 THREADS = 3
 
+SOME = 20
+"""Conversations that are used together."""
+
+MONTH_S = 30 * 86_400.0
+
 NEW_STORAGE_S = 5.0
 """How often a client opens a storage of its own and closes it again."""
 
@@ -38,8 +43,12 @@ _WEIGHTS = {
     "count_up": 6,
     "turn": 8,
     "short_lived": 10,
-    "many": 2,
+    "read_many": 1,
+    "set_many": 1,
     "contended_turn": 2,
+    "made_up": 2,
+    "cleared_early": 1,
+    "ended_early": 1,
 }
 
 
@@ -73,13 +82,48 @@ class Choice:
         return ("user", self.chance.randrange(KEYS))
 
     def some_keys(self) -> list[tuple[str, int]]:
-        return [self.key() for _ in range(20)]
+        return [self.key() for _ in range(SOME)]
 
     def new_key(self) -> tuple[str, str, int]:
         return ("once", self.name, next(self._numbers))
 
+    def new_keys(self) -> list[tuple[str, str, int]]:
+        return [self.new_key() for _ in range(SOME)]
+
+    def made_up(self) -> dict[Hashable, State]:
+        """States that nobody else has. Their names are too long to be kept once for all records.
+
+        Of those that are, a shard keeps 65,535: it would grow until it has as many.
+        """
+        number = next(self._numbers)
+        return {
+            key: State(flow="flow", state=f"{self.name} made {number}.{n} up" + "!" * 300, data=dict(DATA))
+            for n, key in enumerate(self.some_keys())
+        }
+
     def state(self) -> State:
         return State(flow="flow", state=self.chance.choice(("one", "two", "three")), data=dict(DATA))
+
+
+_CALLS: dict[str, Callable[[Any, str, Choice], Any]] = {
+    "read": lambda storage, bot, choice: storage.get_data(bot, choice.key()),
+    "update": lambda storage, bot, choice: storage.update_data(bot, choice.key(), {"name": choice.name}),
+    "set": lambda storage, bot, choice: storage.set_state(bot, choice.key(), choice.state()),
+    "clear": lambda storage, bot, choice: storage.clear(bot, choice.key()),
+    "short_lived": lambda storage, bot, choice: storage.set_data(bot, choice.new_key(), DATA, ttl_s=1.0),
+    "read_many": lambda storage, bot, choice: storage.get_many(bot, choice.some_keys()),
+    "set_many": lambda storage, bot, choice: storage.set_many(
+        bot, {key: choice.state() for key in choice.some_keys()}
+    ),
+    "made_up": lambda storage, bot, choice: storage.set_many(bot, choice.made_up()),
+}
+"""Of either facade."""
+
+_END: dict[str, Callable[[Any, str, Hashable], Any]] = {
+    "cleared_early": lambda storage, bot, key: storage.clear(bot, key),
+    "ended_early": lambda storage, bot, key: storage.update_data(bot, key, {}, ttl_s=1.0),
+}
+"""What is done to conversations that were to live for a month."""
 
 
 def fds() -> int:
@@ -139,21 +183,15 @@ def _run_thread(choice: Choice, bots: Sequence[str], end_s: float) -> Done:
             while time.monotonic() < renew_s:
                 bot, method = choice.chance.choice(bots), choice.method()
                 done[method] += 1
-                if method == "read":
-                    storage.get_data(bot, choice.key())
-                elif method == "update":
-                    storage.update_data(bot, choice.key(), {"name": choice.name})
-                elif method == "set":
-                    storage.set_state(bot, choice.key(), choice.state())
-                elif method == "clear":
-                    storage.clear(bot, choice.key())
+                if method in _CALLS:
+                    _CALLS[method](storage, bot, choice)
                 elif method == "count_up":
                     storage.patch(bot, own, increment={"n": 1}, ttl_s=math.inf)
                     counted[bot, choice.name] += 1
-                elif method == "short_lived":
-                    storage.set_data(bot, choice.new_key(), DATA, ttl_s=1.0)
-                elif method == "many":
-                    storage.get_many(bot, choice.some_keys())
+                elif method in _END:
+                    for new_key in choice.new_keys():
+                        storage.set_data(bot, new_key, DATA, ttl_s=MONTH_S)
+                        _END[method](storage, bot, new_key)
                 else:
                     key = "contended" if method == "contended_turn" else choice.key()
                     with suppress_races(), storage.turn(bot, key, timeout_s=60) as turn:
@@ -193,22 +231,15 @@ async def _run_task(
     while time.monotonic() < end_s:
         bot, method = choice.chance.choice(bots), choice.method()
         done[method] += 1
-        if method == "read":
-            await storage.get_data(bot, choice.key())
-        elif method == "update":
-            await storage.update_data(bot, choice.key(), {"name": choice.name})
-        elif method == "set":
-            await storage.set_state(bot, choice.key(), choice.state())
-        elif method == "clear":
-            await storage.clear(bot, choice.key())
+        if method in _CALLS:
+            await _CALLS[method](storage, bot, choice)
         elif method == "count_up":
             await storage.patch(bot, own, increment={"n": 1}, ttl_s=math.inf)
             counted[bot, choice.name] += 1
-        elif method == "short_lived":
-            await storage.set_data(bot, choice.new_key(), DATA, ttl_s=1.0)
-        elif method == "many":
-            states: Mapping[Any, State] = {key: choice.state() for key in choice.some_keys()}
-            await storage.set_many(bot, states)
+        elif method in _END:
+            new = choice.new_keys()
+            await asyncio.gather(*(storage.set_data(bot, new_key, DATA, ttl_s=MONTH_S) for new_key in new))
+            await asyncio.gather(*(_END[method](storage, bot, new_key) for new_key in new))
         else:
             key = "contended" if method == "contended_turn" else choice.key()
             with suppress_races():
