@@ -861,7 +861,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         "drop bot --yes",
         "export bot",
         f"import bot {__file__}",
-        "import-from aiogram-redis redis://127.0.0.1:9 bot",
+        "import-from aiogram-redis redis://127.0.0.1:9 bot --with-bot-id",
         "import-from telebot-redis redis://127.0.0.1:9 bot",
         f"import-from telebot-pickle {__file__} bot",
         f"import-from telegram-pickle {__file__} bot",

@@ -956,7 +956,7 @@ def test_no_program_is_run_whatever_the_bytes_name(program: Path, kind: str, mod
 
 @pytest.mark.parametrize("kind", NAMED)
 def test_a_module_that_exits_when_it_is_imported_is_an_error_and_no_exit(program: Path, kind: str) -> None:
-    with pytest.raises(ValueNotDecodable, match=r"codec_program\.script\.Pizza .* SystemExit"):
+    with pytest.raises(ValueNotDecodable, match=r"codec_program\.script\.Pizza .*SystemExit"):
         NAMED[kind]("codec_program.script")
 
 

@@ -304,7 +304,7 @@ class TestErrors:
         error = travelled(errors.RecordTooLarge("too large", size_bytes=9), key)
 
         assert isinstance(error, errors.RecordTooLarge)
-        assert (str(error), error.size_bytes, error.key) == ("too large", 9, None)
+        assert (str(error), error.size_bytes, encode_key(error.key)) == ("too large", 9, key)
 
     @pytest.mark.parametrize("name", ["ErrorOfTheFuture", "annotations", "Any", "__doc__", "", "a.b"])
     def test_a_class_unknown_here_becomes_the_base_with_message_and_facts(self, name: str) -> None:
