@@ -105,8 +105,8 @@ def test_when_they_are_garbage_together_with_their_storage_they_leave_nothing_ei
     (keeper,) = storage._keepers.values()
     coroutine: Any = keeper.get_coro()
     coroutine.close()  # as the garbage collection does
-
     running.until(lambda: not running.server.connections)
+    gc.collect()
 
 
 def descriptors() -> int:
