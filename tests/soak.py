@@ -272,7 +272,6 @@ async def _come_and_go(bot: str, end_s: float, done: Counter[str]) -> None:
     while time.monotonic() < end_s:
         async with AsyncStorage(timeout_s=60) as storage:
             await storage.update_data(bot, ("user", 0), {"name": "passer-by"})
-            await storage.count(bot)
         done["came and went"] += 1
         await asyncio.sleep(min(NEW_STORAGE_S, max(0.0, end_s - time.monotonic())))
 
