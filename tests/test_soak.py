@@ -32,7 +32,7 @@ WORKERS = 2
 GROWTH_PER_MINUTE = 1 << 20
 """Bytes of a process's resident memory."""
 
-JUDGED_FROM_S = 300.0
+JUDGED_FROM_S = 600.0
 """In less time, caches and memtables are still being filled."""
 
 NOISE = 4 << 20
