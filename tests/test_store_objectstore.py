@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -188,7 +189,7 @@ def test_a_process_that_closes_nothing_ends_without_a_word(place: Place) -> None
         "import asyncio\n"
         "from fsm_ray.stores.base import Place\n"
         "from fsm_ray.stores.objectstore import ObjectStore\n"
-        f"asyncio.run(ObjectStore({place!r}).open())\n"
+        f"asyncio.run(ObjectStore(Place(**{dataclasses.asdict(place)!r})).open())\n"
     )
 
     ran = subprocess.run(
