@@ -251,6 +251,11 @@ def version_of(
         call(actor.options.remote(), bot_name, timeout_s)  # until it was made, or made again
     except NamespaceUnavailable:
         return None
+    return version_noted_by(actor, bot_name, shard)
+
+
+def version_noted_by(actor: ActorHandle[NamespaceActor], bot_name: str, shard: int) -> Version | None:
+    """What the shard's actor noted that it runs; None: nothing, or it was told to stop."""
     return noted_version(bot_name, shard, _id_of(actor))
 
 

@@ -35,7 +35,7 @@ from fsm_ray.errors import (
 )
 from fsm_ray.hosting import ShardDescription
 from fsm_ray.metrics.client import OF_THIS_PROCESS
-from fsm_ray.notes import Version, find_mark, noted_version
+from fsm_ray.notes import Version, find_mark
 from fsm_ray.options import BotOptions, check_bot_name, whereabouts
 from fsm_ray.upgrade import ReplacedShard, upgrade_shards
 
@@ -239,7 +239,7 @@ class Directory:
         """
         handle = self._find(bot_name, shard)
         options: BotOptions = actor.call(handle.options.remote(), bot_name, self._timeout_s)
-        version = noted_version(bot_name, shard, handle._actor_id.hex())  # noqa: SLF001  # as actor.version_of
+        version = actor.version_noted_by(handle, bot_name, shard)
         if version is None:
             raise NamespaceUnavailable(
                 f"shard {shard} of bot {bot_name!r} does not answer, or is about to end", bot=bot_name
