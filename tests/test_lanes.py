@@ -167,12 +167,17 @@ class Rig:
         self.silences += 1
 
 
-@pytest.fixture
-async def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+def stood_still(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    """The clock of the running loop and of its lanes."""
     clock = FakeClock()
     monkeypatch.setattr(asyncio.get_running_loop(), "time", clock)
     monkeypatch.setattr(lanes, "monotonic", clock)
     return clock
+
+
+@pytest.fixture
+async def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
+    return stood_still(monkeypatch)
 
 
 @pytest.fixture

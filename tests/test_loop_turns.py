@@ -20,7 +20,7 @@ from fsm_ray.routing.turns import SIGN_OF_LIFE_S, LoopTurns
 from fsm_ray.stores.base import Contents
 from fsm_ray.stores.memory import MemoryStore
 
-from .test_lanes import TIMEOUT_S, FakeClock, settle, too_late
+from .test_lanes import TIMEOUT_S, FakeClock, settle, stood_still, too_late
 
 DECODER = ReplyDecoder(extension_hook(allow_pickle=False))
 HOT, OTHER = encode_key("hot"), encode_key("other")
@@ -79,10 +79,7 @@ class TurnRig:
 
 @pytest.fixture
 async def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
-    clock = FakeClock()
-    monkeypatch.setattr(asyncio.get_running_loop(), "time", clock)
-    monkeypatch.setattr(lanes, "monotonic", clock)
-    return clock
+    return stood_still(monkeypatch)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from fsm_ray.sessions import Sessions
 from fsm_ray.stores.base import Answered, Contents
 from fsm_ray.stores.memory import MemoryStore
 
-from .test_lanes import TIMEOUT_S, FakeClock, FakeConnection, Rig, outcomes, settle, too_late
+from .test_lanes import TIMEOUT_S, FakeClock, FakeConnection, Rig, outcomes, settle, stood_still, too_late
 from .test_namespace import (
     ANN,
     BOB,
@@ -55,10 +55,7 @@ async def shard() -> Shard:
 
 @pytest.fixture
 async def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
-    clock = FakeClock()
-    monkeypatch.setattr(asyncio.get_running_loop(), "time", clock)
-    monkeypatch.setattr(lanes, "monotonic", clock)
-    return clock
+    return stood_still(monkeypatch)
 
 
 def test_overloaded_says_to_retry_by_its_type() -> None:
